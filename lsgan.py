@@ -1,0 +1,267 @@
+"""LSGAN: least-squares adversarial losses.
+
+Paper    Mao et al. 2016, Least Squares Generative Adversarial Networks, arXiv:1611.04076.
+Losses   L_D = 1/2 E[(D(x) - b)^2] + 1/2 E[(D(G(z)) - a)^2]
+         L_G = 1/2 E[(D(G(z)) - c)^2]                  with a, b, c = 0, 1, 1
+         --loss vanilla: the non-saturating loss of Goodfellow et al. 2014, arXiv:1406.2661.
+Differs  1. D is spectrally normalised (Miyato et al. 2018, arXiv:1802.05957), where the paper has
+         BatchNorm; 2. Adam's rate and decays, and the rate's fall to 0, are the best found for
+         short runs; 3. an exponential average of G is sampled and scored, the paper scores G itself.
+Reached  nothing measured yet.
+Run      python lsgan.py                                   # built-in digits
+         python lsgan.py --dataset mnist --loss vanilla
+Use      from lsgan import Args, build, latents, sample    # needs torch only
+"""
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+@dataclass
+class Args:
+    # data
+    dataset: str = "digits"  # digits (built in), mnist, fashion, cifar10 or a folder of images
+    data_dir: str = "data"  # where data sets lie; downloads go here
+    cache_dir: str = "data/cache"  # decoded images and statistics of real images
+    subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
+    image_size: int = 32  # height and width in pixels, a power of two from 8 to 512
+    channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
+    # method
+    loss: Literal["lsgan", "vanilla"] = "lsgan"  # least squares, or the non-saturating logistic loss
+    a: float = 0.0  # score that D aims at for generated images
+    b: float = 1.0  # score that D aims at for real images
+    c: float = 1.0  # score that G aims at for its images
+    # networks
+    z_dim: int = 64  # length of the latent vector
+    width: int = 16  # channels at the widest resolution; deeper layers double
+    # optimisation
+    steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
+    max_minutes: float | None = None  # end after this much training time [no limit]
+    batch_size: int = 64  # images per update
+    n_critic: int = 1  # discriminator updates per generator update
+    lr: float = 2e-3  # Adam step size, both networks
+    lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
+    beta1: float = 0.5  # Adam decay of the first moment
+    beta2: float = 0.99  # Adam decay of the second moment
+    ema_decay: float = 0.99  # decay of the averaged generator, per generator update
+    precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
+    # run
+    seed: int = 0  # seeds weights, noise and the order of the data
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: int = 1  # CPU threads; a second one can cost more than it brings on shared cores
+    out_dir: str = "runs"  # parent of the run folder
+    log_every: int = 50  # generator updates between rows of log.csv
+    sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
+    eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
+    eval_samples: int = 10000  # generated images per evaluation
+    features: Literal["auto", "lenet"] = "auto"  # network behind the metrics; auto = by channels
+    resume: str | None = None  # run folder to go on with
+    quiet: bool = False  # no progress on the terminal
+
+    def __post_init__(self):
+        if self.steps is None and self.max_minutes is None:
+            self.steps = 4000
+        for names, ok, wanted in (
+            ("image_size", lambda v: 8 <= v <= 512 and v & (v - 1) == 0, "a power of two from 8 to 512"),
+            ("channels", lambda v: v in (0, 1, 3), "0, 1 or 3"),
+            ("batch_size steps max_minutes n_critic lr z_dim width threads log_every", lambda v: v > 0, "positive"),
+            ("eval_samples", lambda v: v >= 6, "at least 6"),
+            ("subset sample_every eval_every seed", lambda v: v >= 0, "zero or positive"),
+            ("beta1 beta2 ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
+            ("lr_decay", lambda v: 0 <= v <= 1, "in [0, 1]"),
+            ("a b c", lambda v: True, "a number"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and ok(value)):
+                    raise ValueError(f"{name} must be {wanted}, got {value}")
+        if self.loss == "vanilla" and (self.a, self.b, self.c) != (0, 1, 1):
+            raise ValueError("a, b and c are targets of the least-squares loss: leave them out with --loss vanilla")
+
+
+# ---- networks ------------------------------------------------------------------------------
+
+
+class Generator(nn.Module):
+    """z [N, z_dim] -> images [N, channels, image_size, image_size] in [-1, 1]."""
+
+    def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
+        super().__init__()
+        ups = image_size.bit_length() - 3  # doublings from 4 x 4
+        dims = [width * 2**i for i in reversed(range(ups))]
+        self.stem = nn.Linear(z_dim, dims[0] * 16, bias=False)
+        blocks = []
+        for d_in, d_out in zip(dims, dims[1:]):
+            blocks += [nn.BatchNorm2d(d_in), nn.ReLU(), nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
+        self.body = nn.Sequential(*blocks, nn.BatchNorm2d(dims[-1]), nn.ReLU())
+        self.to_image = nn.ConvTranspose2d(dims[-1], channels, 4, 2, 1)
+
+    def forward(self, z):
+        h = self.stem(z).view(len(z), -1, 4, 4)
+        return self.to_image(self.body(h)).tanh()
+
+
+class Discriminator(nn.Module):
+    """Images [N, channels, image_size, image_size] in [-1, 1] -> scores [N], unbounded, float32.
+
+    No layer couples the images of a batch, so sets may share one call."""
+
+    def __init__(self, channels=1, image_size=32, width=16):
+        super().__init__()
+        downs = image_size.bit_length() - 3
+        dims = [channels] + [width * 2**i for i in range(downs)]
+        blocks = []
+        for d_in, d_out in zip(dims, dims[1:]):
+            blocks += [spectral_norm(nn.Conv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*blocks)
+        self.head = spectral_norm(nn.Linear(dims[-1] * 16, 1))
+
+    def forward(self, x):
+        h = self.body(x).flatten(1)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 has 8 bits, too few for scores
+            return self.head(h.to(self.head.bias.dtype)).squeeze(1)
+
+
+# ---- losses: tensors in, scalar out, no state, no randomness ---------------------------------
+
+
+def discriminator_loss(d_real, d_fake, a=0.0, b=1.0):
+    """Least-squares loss of D, eq. 2. Scores [N], float32; each mean over N; scalar >= 0."""
+    return 0.5 * (d_real - b).square().mean() + 0.5 * (d_fake - a).square().mean()
+
+
+def generator_loss(d_fake, c=1.0):
+    """Least-squares loss of G, eq. 2. Scores [N], float32; mean over N; scalar >= 0."""
+    return 0.5 * (d_fake - c).square().mean()
+
+
+def vanilla_discriminator_loss(d_real, d_fake):
+    """Cross-entropy of real against generated. Logits [N], float32; each mean over N; scalar >= 0."""
+    return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+
+
+def vanilla_generator_loss(d_fake):
+    """Non-saturating loss -E[log D(G(z))]. Logits [N], float32; mean over N; scalar >= 0."""
+    return F.softplus(-d_fake).mean()
+
+
+# ---- assembly --------------------------------------------------------------------------------
+
+
+def build(args):
+    """Networks on args.device: generator, discriminator, and generator_ema, the one sampled."""
+    cuda = args.device == "auto" and torch.cuda.is_available()
+    device = "cuda" if cuda else args.device.replace("auto", "cpu")
+    channels = args.channels or 1
+    g = Generator(args.z_dim, channels, args.image_size, args.width)
+    d = Discriminator(channels, args.image_size, args.width)
+    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
+
+
+def latents(n, args, generator=None):
+    """z [n, z_dim] from the prior N(0, I), on the CPU."""
+    return torch.randn(n, args.z_dim, generator=generator)
+
+
+@torch.no_grad()
+def sample(nets, args, z):
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    g = nets["generator_ema"]
+    return g(z.to(next(g.parameters()).device))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, decay a 0-d tensor; buffers are copied."""
+    for e, m in zip(ema.parameters(), model.parameters()):
+        e.lerp_(m, 1 - decay)
+    for e, m in zip(ema.buffers(), model.buffers()):
+        e.copy_(m)
+
+
+def updates(nets, args):
+    """update_d(real), update_g() and state: what a checkpoint needs besides the networks.
+
+    Each update ends in its optimiser step and returns the 0-d tensors to log. real is float32
+    [N, channels, H, W] in [-1, 1] on the device of the networks.
+    """
+    g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
+    device = next(g.parameters()).device
+
+    def adam(net):
+        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
+        capturable = device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+
+    def autocast():
+        on = args.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+    state = dict(opt_g=adam(g), opt_d=adam(d), t=torch.zeros((), device=device))
+    d_loss = vanilla_discriminator_loss if args.loss == "vanilla" else lambda r, f: discriminator_loss(r, f, args.a, args.b)
+    g_loss = vanilla_generator_loss if args.loss == "vanilla" else lambda f: generator_loss(f, args.c)
+
+    def update_d(real):
+        z = torch.randn(len(real), args.z_dim, device=device)
+        with autocast():
+            with torch.no_grad():
+                fake = g(z).to(real.dtype)
+            d_out = d(torch.cat([real, fake])).view(2, -1)  # one call: one power iteration
+        loss = d_loss(*d_out)
+        state["opt_d"].zero_grad()
+        loss.backward()
+        state["opt_d"].step()
+        return {"loss_d": loss.detach()}
+
+    def update_g():
+        d.requires_grad_(False)  # gradients pass through D, none are kept for it
+        z = torch.randn(args.batch_size, args.z_dim, device=device)
+        with autocast():
+            fake = g(z)
+            loss = g_loss(d(fake))
+        state["opt_g"].zero_grad()
+        loss.backward()
+        state["opt_g"].step()
+        d.requires_grad_(True)
+        state["t"] += 1
+        update_ema(g_ema, g, ((1 + state["t"]) / (10 + state["t"])).clamp(max=args.ema_decay))
+        return {"loss_g": loss.detach()}
+
+    return update_d, update_g, state
+
+
+def main(args):
+    """Train as args say; returns the run folder (pathlib.Path)."""
+    from common import data, run  # borrowed, here and nowhere else: replace to train elsewhere
+
+    run.setup(args)  # checks, threads, seed
+    images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
+    args.channels = images.channels
+    train = data.subset(images, args.subset)
+    nets = build(args)
+    update_d, update_g, state = updates(nets, args)
+    r = run.start("lsgan", args, images, nets, state, latents, sample)
+    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device)
+    while r.going():
+        r.set_lr(args.lr * min(1, (1 - r.fraction) / args.lr_decay) if args.lr_decay else args.lr)
+        for _ in range(args.n_critic):
+            losses = update_d(next(batches))
+        r.after_step(losses | update_g())  # counts; when due: logs, draws the grid, scores, saves
+    return r.finish()  # final metrics and pictures, generator.pt
+
+
+if __name__ == "__main__":
+    try:
+        from common.run import cli
+    except ModuleNotFoundError as e:
+        if e.name not in ("common", "common.run"):
+            raise
+        raise SystemExit("error: training needs the folder common/ beside this file; networks, losses and updates can be imported as they are")
+    cli(main, Args, __doc__)

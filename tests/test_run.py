@@ -1,0 +1,401 @@
+"""common/run.py on the real scripts: the run folder, resume to the bit, signals, failures."""
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from common import run
+from tests.helpers import ROOT, TINY, assert_same, flags, script, states, tiny
+
+SHORT = {"steps": 12, "log_every": 2, "sample_every": 4, "eval_every": 6, "cache_dir": str(ROOT / "data" / "cache")}
+
+
+def train(name, out, **changes):
+    return script(name).main(tiny(name, out_dir=str(out), **(SHORT | changes)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of icr_gan."""
+    return train("icr_gan", tmp_path_factory.mktemp("whole"))
+
+
+def rows(path):
+    """A csv file without its seconds."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in csv.DictReader(io.StringIO(path.read_text()))]
+
+
+def assert_same_run(a, b):
+    """Two run folders agree in everything but time."""
+    x, y = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
+    assert (x["step"], x["drawn"]) == (y["step"], y["drawn"])
+    for part in ("nets", "state"):
+        for name in x[part]:
+            flat_x, flat_y = {}, {}
+            flatten(x[part][name], "", flat_x), flatten(y[part][name], "", flat_y)
+            assert_same(flat_x, flat_y)
+    assert torch.equal(x["rng"], y["rng"])
+    assert rows(a / "log.csv") == rows(b / "log.csv")
+    assert rows(a / "metrics.csv") == rows(b / "metrics.csv")
+    grids = [sorted(p.name for p in (f / "samples").iterdir()) for f in (a, b)]
+    assert grids[0] == grids[1]
+    for name in grids[0]:
+        assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes()
+    assert_same(*(torch.load(f / "generator.pt", weights_only=True) for f in (a, b)))
+
+
+def flatten(value, name, into):
+    if isinstance(value, dict):
+        for k, v in value.items():
+            flatten(v, f"{name}.{k}", into)
+    elif isinstance(value, (list, tuple)):
+        for i, v in enumerate(value):
+            flatten(v, f"{name}.{i}", into)
+    else:
+        into[name] = value if torch.is_tensor(value) else torch.tensor(float("nan") if value is None else value)
+        into[name] = torch.nan_to_num(into[name].double(), nan=-1.0)
+
+
+# ---- the folder
+
+
+def test_a_run_leaves_everything_the_contract_names(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {
+        "args.json", "log.csv", "metrics.csv", "metrics.json", "samples", "samples.png", "progress.png",
+        "samples.gif", "curves.png", "checkpoint.pt", "generator.pt",
+    }  # fmt: skip
+    assert finished.name.startswith("icr_gan-digits-") and finished.name.endswith("-s0")
+    saved = json.loads((finished / "args.json").read_text())
+    assert saved["script"] == "icr_gan" and saved["args"]["device"] == "cpu" and "resume" not in saved["args"]
+    assert saved["versions"]["torch"] == torch.__version__ and saved["versions"]["device"] == "cpu"
+    assert sorted(p.name for p in (finished / "samples").iterdir()) == [f"{s:06d}.png" for s in (0, 4, 8, 12)]
+
+
+def test_tables_have_their_columns_and_cadence(finished):
+    log, metrics = rows(finished / "log.csv"), rows(finished / "metrics.csv")
+    assert [r["step"] for r in log] == ["2", "4", "6", "8", "10", "12"]
+    assert list(log[0])[:2] == ["step", "images"] and log[0]["images"] == "16"
+    assert {"loss_d", "loss_g", "lsgan", "real", "fake", "dis", "gen_ratio"} < set(log[0])
+    assert [r["step"] for r in metrics] == ["6", "12"]
+    assert list(metrics[0]) == ["step", "n", "features", "fid", "precision", "recall", "density", "coverage"]
+    assert (metrics[0]["n"], metrics[0]["features"]) == ("64", "lenet")
+    final = json.loads((finished / "metrics.json").read_text())
+    assert final["step"] == 12 and final["fid"] == float(metrics[-1]["fid"])
+    assert final["measured_on"]["split"] == "train" and final["measured_on"]["dataset"] == "digits"
+
+
+def test_pictures_open_and_have_a_sensible_size(finished):
+    assert Image.open(finished / "samples.png").size == (8 * 66 + 2, 8 * 66 + 2)
+    gif = Image.open(finished / "samples.gif")
+    assert gif.n_frames == 4
+    strip = Image.open(finished / "progress.png")
+    assert strip.height == 4 * 68
+    for name in ("curves.png", "progress.png"):
+        assert len(Image.open(finished / name).convert("L").getcolors(256)) > 2  # not blank
+
+
+def test_generator_pt_holds_the_averaged_generator_alone(finished):
+    nets = script("icr_gan").build(tiny("icr_gan"))
+    nets["generator_ema"].load_state_dict(torch.load(finished / "generator.pt", weights_only=True), strict=True)
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert_same(nets["generator_ema"].state_dict(), checkpoint["nets"]["generator_ema"])
+
+
+def test_load_gives_a_trained_run_to_other_code(finished):
+    nets, args, m = run.load(finished)
+    assert m is script("icr_gan") and args.width == TINY["width"]
+    images = m.sample(nets, args, m.latents(5, args, torch.Generator().manual_seed(0)))
+    assert images.shape == (5, 1, 32, 32)
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    for name in nets:
+        assert_same(nets[name].state_dict(), checkpoint["nets"][name])
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path):
+    args = tiny("lsgan", out_dir=str(tmp_path))
+    m = script("lsgan")
+    images = type("Images", (), {"images": torch.zeros(8, 1, 32, 32, dtype=torch.uint8), "channels": 1})()
+    folders = set()
+    for _ in range(3):
+        nets = m.build(args)
+        r = run.start("lsgan", args, images, nets, m.updates(nets, args)[2], m.latents, m.sample)
+        r._release_signals()
+        folders.add(r.folder)
+    assert len(folders) == 3
+
+
+def test_all_coefficients_zero_is_the_run_of_lsgan(tmp_path):
+    off = dict.fromkeys(("lambda_real", "lambda_fake", "lambda_dis", "lambda_gen"), 0.0)
+    a, b = train("lsgan", tmp_path), train("icr_gan", tmp_path, **off)
+    x, y = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
+    for name in x["nets"]:
+        assert_same(x["nets"][name], y["nets"][name])
+    assert rows(a / "metrics.csv") == rows(b / "metrics.csv")
+    assert [(r["loss_d"], r["loss_g"]) for r in rows(a / "log.csv")] == [(r["loss_d"], r["loss_g"]) for r in rows(b / "log.csv")]
+
+
+def test_a_clock_ends_a_run(tmp_path):
+    folder = train("lsgan", tmp_path, steps=None, max_minutes=0.01, eval_every=0, sample_every=0)
+    final = json.loads((folder / "metrics.json").read_text())
+    assert final["step"] > 0 and final["seconds"] >= 0.6
+
+
+def test_n_critic_draws_that_many_batches_per_step(tmp_path):
+    folder = train("lsgan", tmp_path, steps=2, n_critic=3, log_every=1)
+    assert [r["images"] for r in rows(folder / "log.csv")] == ["24", "48"]
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["drawn"] == 6
+    steps = [checkpoint["state"][o]["state"][0]["step"].item() for o in ("opt_d", "opt_g")]
+    assert steps == [6, 2]
+
+
+# ---- resume
+
+
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Stopped by a signal between two checkpoints; grids, rows and weights agree to the bit."""
+    after = run.Run.after_step
+
+    def stop_at_7(self, losses):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(self, losses)
+
+    monkeypatch.setattr(run.Run, "after_step", stop_at_7)
+    with pytest.raises(run.Stopped) as e:
+        train("icr_gan", tmp_path)
+    monkeypatch.undo()
+    assert e.value.signum == signal.SIGTERM and "--resume" in str(e.value)
+    (folder,) = tmp_path.iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 7
+    m = script("icr_gan")
+    assert m.main(run.resume(folder)) == folder
+    assert_same_run(finished, folder)
+
+
+def test_rows_and_grids_past_the_checkpoint_are_cut_back(finished, tmp_path, monkeypatch):
+    """As after SIGKILL: the last save is of step 8, the log already goes further."""
+    save = run.Run.save
+
+    def only_to_8(self):
+        if self.step <= 8:
+            save(self)
+
+    monkeypatch.setattr(run.Run, "save", only_to_8)
+    folder = train("icr_gan", tmp_path)
+    monkeypatch.undo()
+    with open(folder / "log.csv", "a") as f:
+        f.write("14,1")  # a row that was being written
+    script("icr_gan").main(run.resume(folder))
+    assert_same_run(finished, folder)
+
+
+def test_more_steps_continue_a_finished_run(tmp_path):
+    folder = train("lsgan", tmp_path, steps=4)
+    script("lsgan").main(run.resume(folder, steps=6))
+    assert [r["step"] for r in rows(folder / "log.csv")] == ["2", "4", "6"]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
+    assert run.resume(folder, max_minutes=1.0).steps is None
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Run, "save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train("icr_gan", tmp_path)
+    monkeypatch.undo()
+    (folder,) = tmp_path.iterdir()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    script("icr_gan").main(run.resume(folder))
+    assert_same_run(finished, folder)
+
+
+@pytest.mark.parametrize(
+    "changes, said", [({"lr": 1.0}, "lr"), ({"sigma": 0.1}, "sigma"), ({"steps": 0}, "steps"), ({"dataset": "mnist"}, "dataset")]
+)
+def test_only_end_and_cadence_may_change_on_resume(finished, changes, said):
+    with pytest.raises(ValueError, match=said):
+        run.resume(finished, **changes)
+
+
+def test_resume_of_another_scripts_run_or_of_none_is_bad_input(finished, tmp_path):
+    with pytest.raises(ValueError, match="icr_gan.py, not by lsgan.py"):
+        run.parse(script("lsgan").Args, ["--resume", str(finished)])
+    with pytest.raises(ValueError, match="no run folder"):
+        run.parse(script("lsgan").Args, ["--resume", str(tmp_path)])
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        run.resume(tmp_path)
+
+
+def copied(folder, to):
+    import shutil
+
+    return shutil.copytree(folder, to / "copy")
+
+
+@pytest.mark.parametrize("cut", [0, 1000, -200])
+def test_a_truncated_checkpoint_is_named_and_left_alone(finished, tmp_path, cut):
+    folder = copied(finished, tmp_path)
+    whole = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be loaded"):
+        script("icr_gan").main(run.resume(folder, steps=14))
+    assert (folder / "checkpoint.pt").read_bytes() == whole[:cut]
+    assert rows(folder / "log.csv") == rows(finished / "log.csv")
+
+
+def test_checkpoints_hold_tensors_and_plain_containers_only(finished, tmp_path):
+    import pickle
+
+    folder = copied(finished, tmp_path)
+    with open(folder / "checkpoint.pt", "wb") as f:
+        pickle.dump(print, f)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        run.load(folder)
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_nan_ends_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch, where):
+    m = script("lsgan")
+    updates = m.updates
+
+    def spoilt(nets, args):
+        update_d, update_g, state = updates(nets, args)
+
+        def update(real):
+            logs = update_d(real)
+            if state["t"] >= 6 and where == "loss":
+                logs["loss_d"] = logs["loss_d"] * float("nan")
+            if state["t"] >= 7 and where == "weights":
+                nets["discriminator"].head.bias.data.fill_(float("inf"))
+            return logs
+
+        return update, update_g, state
+
+    monkeypatch.setattr(m, "updates", spoilt)
+    with pytest.raises(run.Diverged, match="loss_d|head.bias|loss_g") as e:
+        train("lsgan", tmp_path, log_every=4 if where == "weights" else 1)
+    assert "between steps" in str(e.value) and "--lr" in str(e.value)
+    (folder,) = tmp_path.iterdir()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 4
+    assert all(torch.isfinite(v).all() for v in states_of(saved).values())
+
+
+def states_of(saved):
+    return {f"{n}.{k}": v for n, net in saved["nets"].items() for k, v in net.items()}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    fsync = os.fsync
+    calls = []
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(run.Failed, match="No space left on device"):
+        train("lsgan", tmp_path, sample_every=2)
+    (folder,) = tmp_path.iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # args.json, 0, 2, 4
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_folder_that_went_away_is_a_failure_not_bad_input(tmp_path, monkeypatch):
+    import shutil
+
+    after = run.Run.after_step
+
+    def remove(self, losses):
+        if self.step == 2:
+            shutil.rmtree(self.folder)
+        after(self, losses)
+
+    monkeypatch.setattr(run.Run, "after_step", remove)
+    with pytest.raises(run.Failed, match="could not write"):
+        train("lsgan", tmp_path)
+
+
+def test_a_warning_is_said_once(tmp_path, capsys):
+    train("icr_gan", tmp_path, lambda_gen=1e5, lr=1e-6, quiet=False, steps=4, log_every=1)
+    err = capsys.readouterr().err
+    assert err.count("warning: gen_ratio") == 1
+
+
+# ---- from outside: the real process
+
+
+def start_process(tmp_path, *words, **changes):
+    line = flags(TINY | SHORT | {"steps": 100000, "eval_every": 0, "sample_every": 20, "out_dir": tmp_path} | changes)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "icr_gan.py", *line, *words], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=60):
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("waited too long")
+
+
+def step_of(tmp_path):
+    try:
+        (log,) = tmp_path.glob("*/log.csv")
+        return int(log.read_text().splitlines()[-1].split(",")[0])
+    except (ValueError, IndexError):
+        return 0
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(tmp_path, signum, code):
+    process = start_process(tmp_path)
+    wait_for(lambda: step_of(tmp_path) >= 30, process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    (folder,) = tmp_path.iterdir()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert saved >= 30
+    assert f"--resume {folder}" in err and "Traceback" not in err
+    assert rows(folder / "log.csv")[-1]["step"] == str(saved - saved % 2)
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_bit(tmp_path):
+    """SIGKILL three times at moments of the clock's choosing, against a run left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps = {"steps": 120, "eval_every": 60, "sample_every": 10}
+    process = start_process(killed, **steps)
+    for i, target in enumerate((10, 34, 78)):
+        wait_for(lambda: step_of(killed) >= target, process)
+        time.sleep(0.013 * i)
+        process.kill()
+        process.communicate()
+        (folder,) = killed.iterdir()
+        line = ["--resume", str(folder)]
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "icr_gan.py", *line], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert str(folder) in out and "precision" in out
+    assert_same_run(train("icr_gan", whole, **steps), folder)

@@ -1,0 +1,285 @@
+"""What holds for every script: shape of the file, the copied file, arguments, bad input."""
+import ast
+import dataclasses
+import importlib
+import inspect
+import itertools
+import re
+import shutil
+
+import pytest
+import torch
+
+from common import run
+from tests.helpers import ROOT, SCRIPTS, TINY, flags, script, shell, tiny
+
+SHARED = (  # names that mean the same wherever they stand; losses belong to their method
+    "Generator",
+    "Discriminator",
+    "build",
+    "latents",
+    "sample",
+    "update_ema",
+    "augment",
+    "draw_moves",
+    "consistency",
+    "gradient_penalty",
+    "interpolate",
+)
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def without_docstrings(text):
+    """Lines of a script with its docstrings, comment-only and blank lines taken out."""
+    drop = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            drop |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = [line for i, line in enumerate(text.splitlines(), 1) if i not in drop]
+    return [line for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+# ---- the file
+
+
+@pytest.mark.parametrize("key", SHARED)
+def test_shared_stretches_are_identical_wherever_they_are_copied(key):
+    found = {n: inspect.getsource(getattr(script(n), key)) for n in SCRIPTS if hasattr(script(n), key)}
+    assert len(set(found.values())) <= 1, f"{key} has drifted between {', '.join(found)}"
+
+
+def test_every_script_ends_in_the_same_lines():
+    ends = {source(n)[source(n).index('if __name__ == "__main__":') :] for n in SCRIPTS}
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
+def test_arguments_of_the_same_name_are_the_same_line(a, b):
+    lines = [{m[1]: m[0] for m in re.finditer(r"^    (\w+): .*  # .*$", inspect.getsource(script(n).Args), re.M)} for n in (a, b)]
+    for name in lines[0].keys() & lines[1].keys():
+        assert lines[0][name] == lines[1][name]
+
+
+def test_the_difference_between_lsgan_and_icr_gan_is_the_method():
+    import difflib
+
+    a, b = (without_docstrings(source(n)) for n in ("lsgan", "icr_gan"))
+    changed = [line for line in difflib.unified_diff(a, b, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(changed) < 100
+    tools = ("a", "b", "c", "loss", "vanilla")
+    removed = [line for line in changed if line[0] == "-"]
+    for line in removed:  # what lsgan has and icr_gan has not: the block of a, b, c and vanilla, or a line ICR extends
+        words = set(re.findall(r"\w+", line))
+        extended = any(line[1:].strip()[:12] in other for other in changed if other[0] == "+")
+        assert words & {*tools, "vanilla_discriminator_loss", "vanilla_generator_loss", "F", "softplus", "d_loss", "g_loss"} or extended, line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_above_main_only_the_standard_library_and_torch_are_imported(name):
+    for node in ast.parse(source(name)).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            assert module.split(".")[0] in {"copy", "math", "sys", "dataclasses", "typing", "torch"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_has_help_and_is_used(name):
+    args = inspect.getsource(script(name).Args)
+    rest = source(name).replace(args, "") + "".join(p.read_text() for p in (ROOT / "common").glob("*.py"))
+    for field in dataclasses.fields(script(name).Args):
+        assert re.search(rf"^    {field.name}: .*  # \w", args, re.M), f"{field.name} has no help"
+        assert re.search(rf"\b(args|a|self|saved)\.{field.name}\b", rest), f"{field.name} is a dead flag"
+
+
+def test_copied_scripts_work_with_torch_alone(tmp_path):
+    code = "import sys, torch\n"
+    for name in SCRIPTS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+        code += f"""
+import {name} as m
+args = m.Args(width=4, z_dim=8, batch_size=4)
+nets = m.build(args)
+update_d, update_g, state = m.updates(nets, args)
+losses = update_d(torch.rand(4, 1, 32, 32)) | update_g()
+assert all(torch.isfinite(v) for v in losses.values())
+assert m.sample(nets, args, m.latents(3, args)).shape == (3, 1, 32, 32)
+"""
+    code += "assert not {'common', 'kernels', 'torchvision', 'PIL'} & set(sys.modules)\n"
+    (tmp_path / "use.py").write_text(code)
+    done = shell("use.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = shell("lsgan.py", "--steps", "2", cwd=tmp_path)
+    assert alone.returncode == 1
+    assert alone.stderr.splitlines() == [
+        "error: training needs the folder common/ beside this file; networks, losses and updates can be imported as they are"
+    ]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("image_size", [8, 16, 64])
+def test_sizes_and_channels_train(name, image_size):
+    m, args = script(name), tiny(name, image_size=image_size, channels=3)
+    nets = m.build(args)
+    update_d, update_g, _ = m.updates(nets, args)
+    losses = update_d(torch.rand(8, 3, image_size, image_size)) | update_g()
+    assert all(torch.isfinite(v) for v in losses.values())
+    assert m.sample(nets, args, m.latents(2, args)).shape == (2, 3, image_size, image_size)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_updates_repeat_with_the_seed_and_z_is_fresh(name):
+    m, args = script(name), tiny(name)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        nets = m.build(args)
+        seen = []
+        nets["generator"].register_forward_hook(lambda net, z, y: seen.append(z[0]))
+        update_d, update_g, _ = m.updates(nets, args)
+        for _ in range(2):
+            update_d(torch.zeros(8, 1, 32, 32))
+            update_g()
+        runs.append(torch.cat(seen))
+    assert torch.equal(*runs)
+    first = runs[0][:, 0]
+    assert len(first.unique()) == len(first)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_learning_rates_are_tensors_that_an_update_obeys(name):
+    m, args = script(name), tiny(name)
+    nets = m.build(args)
+    update_d, update_g, state = m.updates(nets, args)
+    for key in ("opt_g", "opt_d"):
+        lr = state[key].param_groups[0]["lr"]
+        assert torch.is_tensor(lr) and lr.dim() == 0
+        lr.fill_(0.0)
+    before = [p.clone() for net in ("generator", "discriminator") for p in nets[net].parameters()]
+    update_d(torch.rand(8, 1, 32, 32))
+    update_g()
+    after = [p for net in ("generator", "discriminator") for p in nets[net].parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_both_spellings_and_all_types_are_parsed(name):
+    cls = script(name).Args
+    line = "--batch_size 32 --max-minutes 0.5 --data-dir=some/data_dir --quiet --no-quiet --precision fp32 --lr 1e-3".split()
+    args = run.parse(cls, line)
+    assert (args.batch_size, args.max_minutes, args.data_dir, args.quiet) == (32, 0.5, "some/data_dir", False)
+    assert (args.precision, args.lr, args.steps) == ("fp32", 1e-3, None)
+    assert run.parse(cls, []) == cls()
+
+
+BAD = {
+    "image_size": ["30", "4", "1024", "-32", "0", "3.5", "nan"],
+    "batch_size": ["0", "-1", "many"],
+    "steps": ["0", "-5", "1e3"],
+    "max_minutes": ["0", "-1", "nan", "inf"],
+    "lr": ["0", "-1e-3", "nan", "inf"],
+    "beta1": ["1", "-0.1", "nan"],
+    "ema_decay": ["1"],
+    "eval_samples": ["5"],
+    "eval_every": ["-1"],
+    "threads": ["0"],
+    "seed": ["-1"],
+    "subset": ["-1"],
+    "channels": ["2"],
+    "precision": ["fp8"],
+    "lr_decay": ["1.5"],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("key, value", [(k, v) for k, values in BAD.items() for v in values])
+def test_bad_values_are_named_with_what_is_accepted(name, key, value):
+    with pytest.raises(ValueError) as e:
+        run.parse(script(name).Args, [f"--{key.replace('_', '-')}", value])
+    assert key in str(e.value).replace("-", "_") and value.lstrip("-") in str(e.value)
+
+
+@pytest.mark.parametrize("name, key, value", [("icr_gan", "sigma", -1), ("icr_gan", "lambda_gen", float("nan")), ("lsgan", "a", float("inf"))])
+def test_bad_weights_are_named(name, key, value):
+    with pytest.raises(ValueError, match=key):
+        script(name).Args(**{key: value})
+
+
+def test_close_spellings_are_suggested():
+    cls = script("icr_gan").Args
+    with pytest.raises(ValueError, match="--lambda-real"):
+        run.parse(cls, ["--lamda-real", "1"])
+    with pytest.raises(ValueError, match="unknown argument"):
+        run.parse(cls, ["--lambda", "1"])  # no abbreviations
+    with pytest.raises(ValueError, match="bf16"):
+        run.parse(cls, ["--precision", "bf61"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_every_argument_with_its_default(name):
+    done = shell(f"{name}.py", "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for field in dataclasses.fields(script(name).Args):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert "[2e-3]" in text or "[0.002]" in text
+    assert script(name).__doc__.split("\n")[0] in text
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--dataset", "no/such/folder"], "no/such/folder"),
+        (["--dataset", "mnits"], "mnist"),
+        (["--dataset", "mnist", "--data-dir", "EMPTY"], "--dataset digits"),
+        (["--dataset", "EMPTY"], "image"),
+        (["--image-size", "30"], "30"),
+        (["--lr", "nan"], "lr"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--device", "gpu"], "gpu"),
+        (["--batch-size", "30000"], "30000"),
+        (["--out-dir", "FILE"], "FILE"),
+        (["--resume", "EMPTY"], "args.json"),
+        (["--no-such"], "--no-such"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(words, said, tmp_path, monkeypatch, capsys):
+    """In this process: an import of torch per case would be most of the test."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # a download fails at once
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("")
+    out = tmp_path / "runs"
+    m = script("icr_gan")
+    words = [str(tmp_path / w) if w in ("EMPTY", "FILE") else w for w in words]
+    line = flags(TINY | {"cache_dir": ROOT / "data" / "cache"}) + ["--out-dir", str(out)] + words
+    monkeypatch.setattr("sys.argv", ["icr_gan.py", *line])
+    with pytest.raises(SystemExit) as e:
+        run.cli(m.main, m.Args, m.__doc__)
+    assert e.value.code == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and err[0].startswith("error: ") and said in err[0]
+    assert not out.exists()
+
+
+def test_kernels_are_not_needed(tmp_path):
+    """Neither kernels nor torchvision is imported by a default run."""
+    code = f"""
+import sys
+import icr_gan
+from common import run
+icr_gan.main(icr_gan.Args(**{TINY!r}, out_dir={str(tmp_path)!r}))
+assert not {{"kernels", "torchvision"}} & set(sys.modules)
+"""
+    done = shell("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_script_can_be_loaded_from_a_run_folder():
+    assert set(run.SCRIPTS) == {p.stem for p in ROOT.glob("*.py")} == set(SCRIPTS)
+    for name in run.SCRIPTS:
+        assert importlib.import_module(name).__doc__
