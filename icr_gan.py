@@ -311,7 +311,7 @@ def main(args):
     run.setup(args)  # checks, threads, seed
     images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
     args.channels = images.channels
-    train = data.subset(images, args.subset)
+    train = data.subset(images, args.subset, args.batch_size)
     nets = build(args)
     update_d, update_g, state = updates(nets, args)
     r = run.start("icr_gan", args, images, nets, state, latents, sample)

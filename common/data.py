@@ -102,13 +102,16 @@ def load_images(name, data_dir="data", image_size=32, channels=0, cache_dir="dat
     return replace(sets[0], test=sets[1]) if len(sets) > 1 else sets[0]
 
 
-def subset(images, n):
+def subset(images, n, batch_size=1):
     """n of the training images, the same at every call and each subset part of a larger one.
 
-    0 takes all. The held-out split stays whole.
+    0 takes all. The held-out split stays whole. ValueError where less than a batch is left.
     """
     if not 0 <= n <= len(images):
         raise ValueError(f"subset is {n}; {images.name or 'the set'} has {len(images)} images")
+    left = n or len(images)
+    if left < batch_size:
+        raise ValueError(f"batch_size is {batch_size}, and there are only {left} training images")
     if n == 0:
         return images
     chosen = torch.randperm(len(images), generator=synthetic.generator(0))[:n]
@@ -337,7 +340,7 @@ def _existing(name):
 
 
 def _folder(root, image_size, cache_dir):
-    """Splits of a folder: itself, or train and test (else val) inside. Class folders give labels."""
+    """Splits of a folder: itself, or train and test (else val) inside. Class folders label them."""
     inside = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     held_out = next((d for d in ("test", "val") if d in inside), None)
     if "train" in inside and (held_out or inside == ["train"]):
@@ -414,7 +417,7 @@ def _decoded(folder, files, image_size, cache_dir):
 
 def _decode_all(folder, names, size):
     """uint8 [M, size, size, 3], and {index: reason} for those that are no images."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     pixels = torch.empty(len(names), size, size, 3, dtype=torch.uint8)
     out = pixels.numpy()
@@ -425,6 +428,8 @@ def _decode_all(folder, names, size):
             content = (folder / names[i]).read_bytes()  # a file that cannot be read at all raises
             try:
                 out[i] = _decode(content, size)
+            except UnidentifiedImageError:
+                failed[i] = "no image of a known format"
             except Exception as e:  # Pillow's readers raise anything at a broken file
                 failed[i] = _first_line(e)
         return len(some)

@@ -95,12 +95,23 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def _words(argv):
+    """The command line with --lambda_gp as --lambda-gp, and negative numbers tied to their flag."""
+    words = []
+    for word in argv:
+        if re.match(r"-(\d|\.\d|inf|nan)", word) and words and re.fullmatch(r"--[\w-]+", words[-1]):
+            words[-1] += "=" + word  # argparse takes -1e-3 for a flag
+        else:
+            words.append(re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), word))
+    return words
+
+
 def parse(cls, argv=None, doc=""):
     """An instance of the dataclass cls from the command line; ValueError for bad input.
 
     With --resume RUN the values come from RUN's args.json, and only ANEW may be typed beside it.
     """
-    argv = [re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
+    argv = _words(sys.argv[1:] if argv is None else argv)
     parser = Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -362,7 +373,8 @@ class Run:
         on = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{args.threads} of {cores} CPU threads"
         terminal.say(f"{script} on {on}, {len(images.images)} images of {args.dataset}, into {self.folder}")
         if self.step == 0 and not (self.folder / "checkpoint.pt").exists():
-            self.grid()
+            with self._aside():
+                self.grid()
             self.save()
         else:
             for old in (self.folder / "samples").glob("*.png"):
@@ -452,6 +464,16 @@ class Run:
             self.seconds += time.perf_counter() - self._since
             self._since = None
 
+    @contextlib.contextmanager
+    def _aside(self):
+        """What happens inside is no training: the clock stands, random numbers go on as if it were not."""
+        ticking = self._since is not None
+        self._stop_clock()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            yield
+        if ticking:
+            self._start_clock()
+
     def _elapsed(self):
         return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
@@ -540,17 +562,14 @@ class Run:
             self._log()
         draw = self._due(a.sample_every)
         if draw or step == EARLY_GRID or self._due(a.eval_every):
-            ticking = self._since is not None
-            self._stop_clock()
-            self._losses_finite()
-            if draw or step == EARLY_GRID:
-                self.grid()
-            if draw:
-                self.save()
-            if self._due(a.eval_every):
-                self.evaluate()
-            if ticking:
-                self._start_clock()
+            with self._aside():
+                self._losses_finite()
+                if draw or step == EARLY_GRID:
+                    self.grid()
+                if draw:
+                    self.save()
+                if self._due(a.eval_every):
+                    self.evaluate()
 
     def _logged(self, table):
         return bool(table.rows) and int(table.rows[-1]["step"]) == self.step

@@ -71,7 +71,7 @@ def _glyphs():
         centred = Image.new("L", (MASTER, MASTER))
         centred.paste(picture, ((MASTER - left - right) // 2, (MASTER - top - bottom) // 2))
         ink = torch.tensor(list(centred.tobytes())).view(1, MASTER, MASTER) > 127
-        # the nearest pixel of the other kind always lies on its kind's rim
+        # the nearest pixel of a kind is always one on its rim, and rims are few
         rims = [F.max_pool2d((~kind).float(), 3, 1, 1).bool() & kind for kind in (ink, ~ink)]
         to_ink, to_paper = (torch.cdist(pixels, pixels[rim.view(-1)]).amin(1) for rim in rims)
         fields.append(torch.where(ink.view(-1), to_paper, -to_ink) / (bottom - top))

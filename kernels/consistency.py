@@ -11,7 +11,7 @@ Derivative   consistency  dL/da = u 2 w (a - b) / M = -dL/db,  u the upstream gr
 Bytes        E = bytes of a, one pass per eager op, both gradients:
                consistency  eager  (a - b).square().mean()           16 E, 44 E on float32 copies
                             fused  read a and b; read a and b, write two   6 E
-               icr_d_loss   a few hundred bytes: some 40 launches become 2.
+             10 launches become 3. icr_d_loss moves a few hundred bytes: 56 launches become 2.
 Precision    float32 differences and sums for float32, bfloat16 and float16; losses and terms are
              float32, gradients have the dtype of their inputs.
 Derivatives  first only; differentiating a gradient again raises.

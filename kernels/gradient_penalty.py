@@ -11,7 +11,7 @@ Bytes        E = bytes of one [N, ...] tensor, terms of size N left out, one pas
                gradient_penalty  eager  norm forward 1 E, backward 6 E     7 E
                                  fused  read g; read g, write dL/dg        3 E
              so 2.3 x is the most that a bandwidth-bound device gains; a bf16 gradient that eager
-             code copies to float32 first costs 20 E there and 3 E here. 13 launches become 3.
+             code copies to float32 first costs 20 E there and 3 E here. 12 launches become 3.
 Precision    float32 sums and norms for float32, bfloat16 and float16; L is float32, dL/dg and x
              have the dtype of their inputs. Squares under 1e-45 vanish: a row of 1e-23 is a zero row.
 Derivatives  first only: g comes from autograd.grad(..., create_graph=True), which holds the second

@@ -30,6 +30,7 @@ if not has_gpu():
 import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)  # on shared cores a second thread can make a step many times slower
+torch.backends.cudnn.allow_tf32 = False  # its 10 bits would hide what tests compare
 
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.is_available()
 
@@ -44,7 +45,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: off unless --slow is given")
     asked = re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "")
     if asked and not ON_GPU:
-        why = "TRITON_INTERPRET is 1" if has_gpu() else "there is none"
+        why = "there is none" if not has_gpu() else "TRITON_INTERPRET is 1, or this torch has no CUDA"
         raise pytest.UsageError(f"-m {config.option.markexpr!r} asks for a GPU, and {why}")
 
 

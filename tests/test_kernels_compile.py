@@ -214,10 +214,8 @@ def test_every_kernel_compiles_for_every_target(compiled):
     for dtype in ("torch.float32", "torch.bfloat16"):
         built = {(r["kernel"], r["cc"]) for r in rows if r["dtype"] == dtype}
         assert built == {(k, cc) for k in [*IMAGES, *SMALL] for cc in TARGETS}
-    defined = {
-        f"{name}" for m in modules() for name, f in vars(m).items()
-        if type(f).__name__ in ("JITFunction", "InterpretedFunction")
-    }  # fmt: skip
+    kinds = ("JITFunction", "InterpretedFunction")
+    defined = {name for m in modules() for name, f in vars(m).items() if type(f).__name__ in kinds}
     assert defined - {"_reflect"} == {k.split()[0] for k in [*IMAGES, *SMALL]}
 
 

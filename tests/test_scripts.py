@@ -182,7 +182,7 @@ BAD = {
     "batch_size": ["0", "-1", "many"],
     "steps": ["0", "-5", "1e3"],
     "max_minutes": ["0", "-1", "nan", "inf"],
-    "lr": ["0", "-1e-3", "nan", "inf"],
+    "lr": ["0", "-0.001", "nan", "inf"],
     "beta1": ["1", "-0.1", "nan"],
     "ema_decay": ["1"],
     "eval_samples": ["5"],

@@ -101,7 +101,7 @@ def augment(x, draw):
 
 
 def main():
-    a = arguments("lenet", epochs=12)
+    a = arguments("lenet", epochs=8)
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     mnist, digits = (data.load_images(n, a.data_dir, 32, 1, a.cache_dir) for n in ("mnist", "digits"))

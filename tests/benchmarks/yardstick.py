@@ -1,13 +1,15 @@
 """Quality at equal time, on the machine at hand, by a network that is not the project's own.
 
-    python -m tests.benchmarks.yardstick --minutes 3 --train "lsgan.py" --train "icr_gan.py --sigma 0.05"
-    python -m tests.benchmarks.yardstick --no-baseline --train "lsgan.py --subset 500 --steps 6000"
-    python -m tests.benchmarks.yardstick RUN RUN ...        # scores runs that are already there
+    yardstick RUN RUN ...                                   # scores runs that are there
+    yardstick --minutes 3 --train "lsgan.py" --train "icr_gan.py --sigma 0.05"
+    yardstick --no-baseline --train "lsgan.py --subset 500 --steps 6000"
+
+where yardstick stands for `python -m tests.benchmarks.yardstick`.
 
 Images are MNIST in 32 x 32 grey. The features are those of a classifier that is trained here once
-and kept in the cache: another network, from another seed, than the one behind the project's metrics,
-so that nothing can be tuned to both by accident. Its distances are no FID, and compare within one
-cache only; what travels between machines is the ratio to the baseline.
+and kept in the cache: another network, from another seed, than the one behind the project's own
+metrics, so that nothing can be tuned to both by accident. Its distances are no FID, and compare
+within one cache only; what travels between machines is the ratio to the baseline.
 
 The baseline is a plain DCGAN (Radford et al. 2015, arXiv:1511.06434) with the least-squares loss
 (Mao et al. 2016, arXiv:1611.04076): BatchNorm in both networks, width 32, batches of 64, Adam 2e-4
@@ -47,19 +49,25 @@ from common.sample import draw
 IMAGE_SIZE = 32
 FEATURES = 96
 CLASSIFIER_SEED = 1611
-SAMPLE_SEED = 4076  # of latents and of the real images that are drawn; not --seed, which is training's
+SAMPLE_SEED = 4076  # of latents and of the choice of real images; --seed is that of training
 VERSION = 1  # of the cached classifier: raise it with any change of Classifier or its training
 CHUNK = 500
 Z_DIM, BATCH_SIZE, LR, BETAS = 100, 64, 2e-4, (0.5, 0.999)
 # what the yardstick adds to a command; whatever is typed there wins
 CHEAP = {"eval-every": 0, "sample-every": 0, "eval-samples": 512}
+# what cannot be typed there
+TAKEN = {
+    "dataset": "it is MNIST",
+    "out-dir": "--keep DIR keeps the runs",
+    "resume": "the yardstick trains from the start",
+}
 
 
 # ---- the classifier --------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """Images [N, 1, 32, 32] in [-1, 1] -> logits [N, 10]; `features` gives what is before the last layer.
+    """Images [N, 1, 32, 32] in [-1, 1] -> logits [N, 10], by way of `features` [N, 96].
 
     BatchNorm before the last ReLU keeps every feature alive: without it a quarter of them is 0 for
     all images, and the distance sees that much less.
@@ -99,7 +107,8 @@ def train_classifier(images, labels, epochs=4, batch_size=128, lr=3e-3, device="
     for _ in range(epochs):
         for rows in torch.randperm(len(images))[: per_epoch * batch_size].split(batch_size):
             opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / steps)
-            loss = F.cross_entropy(net(data.to_float(images[rows].to(device))), labels[rows].to(device))
+            x, y = data.to_float(images[rows].to(device)), labels[rows].to(device)
+            loss = F.cross_entropy(net(x), y)
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -124,9 +133,10 @@ def accuracy(net, features, labels):
 
 
 def reference(images, cache_dir, device="cpu"):
-    """What scores are measured by, cached: dict of weights, train and test (features), accuracy, seconds.
+    """What scores are measured by, cached: dict of weights, train, test, accuracy, seconds.
 
-    images: common.data.Images with labels and a held-out split.
+    images: common.data.Images with labels and a held-out split. weights are the classifier's, train
+    and test its features [M, 96] of the two splits, accuracy that on test, seconds its training.
     """
 
     def make():
@@ -149,10 +159,14 @@ def classifier_of(ref, device="cpu"):
     return net.eval().to(device, memory_format=torch.channels_last)
 
 
+def drawn(x, n):
+    """At most n rows of x, the same at every call; the first ones of a set need not be typical."""
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(SAMPLE_SEED))[:n]]
+
+
 def compare(features, train):
-    """Frechet distance to all of train [M, 96]; precision and recall against as many as features."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SAMPLE_SEED))
-    near = precision_recall(train[order[: len(features)]], features)
+    """Frechet distance to all of train [M, 96]; precision and recall against as many of it."""
+    near = precision_recall(drawn(train, len(features)), features)
     distance = frechet_from_features(train, features)
     return dict(distance=distance, precision=near["precision"], recall=near["recall"])
 
@@ -170,12 +184,16 @@ class Generator(nn.Module):
 
     def __init__(self, z_dim=Z_DIM, width=32):
         super().__init__()
-        d = 4 * width
+
+        def block(d_in, d_out, *conv):
+            conv = nn.ConvTranspose2d(d_in, d_out, *conv, bias=False)
+            return [conv, nn.BatchNorm2d(d_out), nn.ReLU()]
+
         self.body = nn.Sequential(
-            *(nn.ConvTranspose2d(z_dim, d, 4, 1, 0, bias=False), nn.BatchNorm2d(d), nn.ReLU()),
-            *(nn.ConvTranspose2d(d, d // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(d // 2), nn.ReLU()),
-            *(nn.ConvTranspose2d(d // 2, d // 4, 4, 2, 1, bias=False), nn.BatchNorm2d(d // 4), nn.ReLU()),
-            nn.ConvTranspose2d(d // 4, 1, 4, 2, 1),
+            *block(z_dim, 4 * width, 4, 1, 0),
+            *block(4 * width, 2 * width, 4, 2, 1),
+            *block(2 * width, width, 4, 2, 1),
+            nn.ConvTranspose2d(width, 1, 4, 2, 1),
         )
 
     def forward(self, z):
@@ -183,14 +201,21 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [N, 1, 32, 32] -> scores [N]. BatchNorm couples a batch: real and fake in calls of their own."""
+    """Images [N, 1, 32, 32] in [-1, 1] -> scores [N], unbounded.
+
+    BatchNorm couples the images of a call, so real and generated ones need a call each."""
 
     def __init__(self, width=32):
         super().__init__()
+
+        def block(d_in, d_out):
+            conv = nn.Conv2d(d_in, d_out, 4, 2, 1, bias=False)
+            return [conv, nn.BatchNorm2d(d_out), nn.LeakyReLU(0.2)]
+
         self.body = nn.Sequential(
             *(nn.Conv2d(1, width, 4, 2, 1), nn.LeakyReLU(0.2)),
-            *(nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)),
-            *(nn.Conv2d(2 * width, 4 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2)),
+            *block(width, 2 * width),
+            *block(2 * width, 4 * width),
             nn.Conv2d(4 * width, 1, 4, 1, 0),
         )
 
@@ -245,7 +270,7 @@ def updates(g, d):
 
 
 def train_baseline(images, seconds=math.inf, steps=None, seed=0, device="cpu", what="baseline"):
-    """(generator, steps, seconds) of the baseline, trained until either limit on common.data.Images."""
+    """(generator, steps, seconds) of the baseline, trained on common.data.Images until a limit."""
     torch.manual_seed(seed)
     g, d = init(Generator()).to(device), init(Discriminator()).to(device)
     update_d, update_g = updates(g, d)
@@ -283,11 +308,14 @@ def sample_baseline(g, n):
 def check_grey32(args, script, name):
     """ValueError unless a script with these Args makes the images that are measured here."""
     if not hasattr(script, "latents"):
-        raise ValueError(f"{name}: {script.__name__}.py turns images into images; the yardstick needs a generator")
-    if (args.image_size, args.channels or 1) != (IMAGE_SIZE, 1):
         raise ValueError(
-            f"{name}: makes images of {args.image_size} x {args.image_size} with {args.channels} channels; "
-            f"the yardstick needs {IMAGE_SIZE} x {IMAGE_SIZE} with 1"
+            f"{name}: {script.__name__}.py turns images into images; the yardstick needs latents"
+        )
+    size, channels = args.image_size, args.channels or 1
+    if (size, channels) != (IMAGE_SIZE, 1):
+        raise ValueError(
+            f"{name}: its images are {size} x {size} with channels {channels}; "
+            f"the yardstick needs {IMAGE_SIZE} x {IMAGE_SIZE} with channels 1"
         )
 
 
@@ -309,19 +337,24 @@ def cost(folder, args):
 
     Empty for a run that has not ended and so has no metrics.json.
     """
-    try:
-        last = json.loads((Path(folder) / "metrics.json").read_text())
-        steps, seconds = last["step"], last["seconds"]
-    except FileNotFoundError:
+    path = Path(folder) / "metrics.json"
+    if not path.exists():
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{Path(folder) / 'metrics.json'} cannot be read as the metrics of a run: {e!r}") from None
-    images = steps * getattr(args, "n_critic", 1) * args.batch_size
-    return dict(steps=steps, seconds=seconds, images_per_second=images / seconds if seconds else None)
+    try:
+        last = json.loads(path.read_text())
+        steps, seconds = int(last["step"]), float(last["seconds"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} cannot be read as the metrics of a run: {e!r}") from None
+    return speed(steps, seconds, steps * getattr(args, "n_critic", 1) * args.batch_size)
+
+
+def speed(steps, seconds, images):
+    """The columns of a row that say what was done in which time."""
+    return dict(steps=steps, seconds=seconds, images_per_second=images / seconds)
 
 
 def plan(text, added):
-    """(path, arguments, Args) of the script in a --train command; ValueError where it would not run.
+    """(path, arguments, Args) of a --train command; ValueError where it would not run.
 
     added: arguments by name, given unless typed in text; a value None stands for a bare flag.
     """
@@ -332,9 +365,10 @@ def plan(text, added):
     paths = {run.ROOT / f"{name}.py": name for name in run.SCRIPTS}
     path = run.ROOT / Path(word).name if Path(word).parent == Path() else Path(word).resolve()
     if path not in paths:  # run folders are loaded by the scripts of this checkout
-        raise ValueError(f'--train "{text}": the first word must be one of {", ".join(p.name for p in paths)}')
+        known = ", ".join(p.name for p in paths)
+        raise ValueError(f'--train "{text}": the first word must be one of {known}')
     names = {m[1].replace("_", "-") for w in typed if (m := re.match(r"--([^=]+)", w))}
-    for bad, why in (("out-dir", "--keep DIR keeps the runs"), ("resume", "it trains anew"), ("dataset", "it is MNIST")):
+    for bad, why in TAKEN.items():
         if bad in names:
             raise ValueError(f'--train "{text}": leave out --{bad}, {why}')
     if "steps" in names:  # equal steps in place of equal time
@@ -385,7 +419,19 @@ def train(path, argv, out_dir, what, minutes=None):
 def with_ratios(rows):
     """The rows, each with `ratio`: its distance over the mean of those of the baselines."""
     base = [r["distance"] for r in rows if r["kind"] == "baseline" and "distance" in r]
-    return [r | {"ratio": r["distance"] / statistics.mean(base)} if base and "distance" in r else r for r in rows]
+    if not base:
+        return rows
+    mean = statistics.mean(base)
+    return [r | {"ratio": r["distance"] / mean} if "distance" in r else r for r in rows]
+
+
+def drift(rows):
+    """A line of warning where the machine was not the same for both baselines, else None."""
+    steps = [r["steps"] for r in rows if r["kind"] == "baseline" and "steps" in r]
+    if not steps or min(steps) >= 0.9 * max(steps):
+        return None
+    counts = " and ".join(map(str, steps))
+    return f"the machine drifted: {counts} steps of the baseline in equal time; ratios are rough"
 
 
 def table(rows):
@@ -402,26 +448,35 @@ def table(rows):
     wide = max(len(r["name"]) for r in rows)
     lines = [" " * wide + "".join(f"{head:>11}" for head, _, _ in columns)]
     for r in rows:
-        cells = ["-" if r.get(key) is None else form.format(r[key]) for _, key, form in columns]
-        lines.append(f"{r['name']:{wide}}" + ("   " + r["failed"] if "failed" in r else "".join(f"{c:>11}" for c in cells)))
+        cells = [form.format(r[key]) if key in r else "-" for _, key, form in columns]
+        values = f"  {r['failed']}" if "failed" in r else "".join(f"{c:>11}" for c in cells)
+        lines.append(f"{r['name']:{wide}}{values}")
     return "\n".join(lines)
 
 
 def arguments(argv):
-    p = run.Parser(prog="python -m tests.benchmarks.yardstick", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(
+        prog="python -m tests.benchmarks.yardstick",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("runs", metavar="RUN", nargs="*", help="run folders to score")
-    p.add_argument("--train", metavar="COMMAND", action="append", default=[], help='a script and its arguments, as in "lsgan.py --lr 1e-3"; may be repeated')
-    p.add_argument("--minutes", type=float, help="training time of the baseline and of each command")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads of everything [1]")
-    p.add_argument("--no-baseline", action="store_true", help="leave the baseline out, and so the ratios")
-    p.add_argument("--n", type=int, default=10000, help="images scored of each generator [10000]")
-    p.add_argument("--seed", type=int, default=0, help="of all training here but the classifier's [0]")
-    p.add_argument("--data-dir", default="data", help="where MNIST lies or is downloaded to [data]")
-    p.add_argument("--cache-dir", default="data/cache", help="the classifier and its features of MNIST [data/cache]")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 [auto]")
-    p.add_argument("--keep", metavar="DIR", help="keep the runs of --train there")
-    p.add_argument("--json", metavar="FILE", help="write the table there too")
-    p.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    for flag, options, text in (
+        ("--train", dict(action="append", default=[]), "a script and its arguments; repeatable"),
+        ("--minutes", dict(type=float), "training time of the baseline and of each command"),
+        ("--threads", dict(type=int, default=1), "CPU threads of everything [1]"),
+        ("--no-baseline", dict(action="store_true"), "no baseline, and so no ratios"),
+        ("--n", dict(type=int, default=10000), "images scored of each generator [10000]"),
+        ("--seed", dict(type=int, default=0), "of all training but the classifier's [0]"),
+        ("--data-dir", dict(default="data"), "where MNIST lies or is downloaded to [data]"),
+        ("--cache-dir", dict(default="data/cache"), "the classifier and its features [data/cache]"),
+        ("--device", dict(default="auto"), "auto, cpu, cuda, cuda:1 [auto]"),
+        ("--keep", dict(metavar="DIR"), "keep the runs of --train there"),
+        ("--json", dict(metavar="FILE"), "write the table there too"),
+        ("--quiet", dict(action="store_true"), "no progress on the terminal"),
+    ):
+        p.add_argument(flag, help=text, **options)
     a = p.parse_args(argv)
     if a.minutes is not None and not 0 < a.minutes < math.inf:
         raise ValueError(f"--minutes must be positive, got {a.minutes}")
@@ -429,13 +484,13 @@ def arguments(argv):
         if getattr(a, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(a, name)}")
     if not a.runs and not a.train and a.minutes is None:
-        raise ValueError("nothing to measure: give run folders, --train COMMAND, or --minutes for the baseline alone")
+        raise ValueError("nothing to measure: give run folders, --train, or --minutes alone")
     if a.minutes is not None and a.no_baseline and not a.train:
-        raise ValueError("--minutes with --no-baseline trains nothing: give --train COMMAND")
+        raise ValueError("--minutes with --no-baseline trains nothing: give --train")
     if a.train and a.minutes is None and not a.no_baseline:
-        raise ValueError("--train needs --minutes for the baseline; or leave it out with --no-baseline")
+        raise ValueError("--train needs --minutes, or --no-baseline if it has --steps of its own")
     if a.json and (Path(a.json).is_dir() or not os.access(Path(a.json).absolute().parent, os.W_OK)):
-        raise ValueError(f"--json {a.json} cannot be written: give a file in a folder that is there")
+        raise ValueError(f"--json {a.json} cannot be written: give a file in an existing folder")
     return a
 
 
@@ -453,9 +508,12 @@ def measure(a, images, runs, plans, device):
             terminal.say(f"{name}: distance {measured['distance']:.3f}")
 
     def baseline(seed):
-        g, steps, seconds = train_baseline(images, 60 * a.minutes, seed=seed, device=device)
-        speed = dict(steps=steps, seconds=seconds, images_per_second=steps * BATCH_SIZE / seconds)
-        add("baseline", "baseline", speed | score(sample_baseline(g, a.n), ref, device))
+        try:
+            g, steps, seconds = train_baseline(images, 60 * a.minutes, seed=seed, device=device)
+        except run.Failed as e:  # the other results are worth keeping
+            return add("baseline", "baseline", dict(failed=str(e)))
+        found = score(sample_baseline(g, a.n), ref, device)
+        add("baseline", "baseline", speed(steps, seconds, steps * BATCH_SIZE) | found)
 
     def finished(folder, nets, args, script):
         return cost(folder, args) | score(sample_run(nets, args, script, a.n), ref, device)
@@ -472,14 +530,14 @@ def measure(a, images, runs, plans, device):
             what = f"{i}/{len(plans)} {text}"
             try:
                 folder = train(path, words, parent / f"{began}-{i}", what, args.max_minutes)
-            except run.Failed as e:  # the other results are worth keeping
+            except run.Failed as e:
                 add("train", text, dict(failed=str(e)))
                 continue
             kept = dict(folder=str(folder)) if a.keep else {}
             add("train", text, finished(folder, *load_run(folder, device)) | kept)
     if with_baseline and plans:
         baseline(a.seed + 1)
-    add("floor", "test images", compare(ref["test"][: a.n], ref["train"]))
+    add("floor", "test images", compare(drawn(ref["test"], a.n), ref["train"]))
     return dict(accuracy=ref["accuracy"], rows=with_ratios(rows))
 
 
@@ -507,13 +565,15 @@ def main(argv=None):
     right = f"{100 * found['accuracy']:.2f} % test accuracy"
     print(f"MNIST, {a.n} samples on {on}{each}; classifier with {right}")
     print(table(found["rows"]))
+    if warning := drift(found["rows"]):
+        print(warning)
     if a.json:
         about = dict(date=f"{datetime.now():%Y-%m-%d %H:%M}", device=on)
         about |= dict(torch=torch.__version__, python=platform.python_version())
         about |= dict(minutes=a.minutes, threads=a.threads, n=a.n, seed=a.seed)
         run.write_atomic(a.json, (json.dumps(about | found, indent=2) + "\n").encode())
     if any("failed" in r for r in found["rows"]):
-        raise run.Failed("not every command ended well: see the table")
+        raise run.Failed("not all training ended well: see the table")
     return found["rows"]
 
 
