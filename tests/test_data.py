@@ -483,7 +483,7 @@ def test_a_folder_is_decoded_anew_when_a_file_changes_and_only_then(pictures):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("minst", "did you mean mnist"), ("Digits", "did you mean digits"), ("fasion", "mean fashion"),
+    ("minst", "did you mean mnist"), ("MNIST", "did you mean mnist"), ("fasion", "mean fashion"),
     ("no/such/folder", "no/such/folder"), ("", "digits, mnist, fashion, cifar10"),
 ])
 def test_an_unknown_set_is_named_with_what_there_is(name, words, tmp_path):
