@@ -59,8 +59,11 @@ def _thin(xs, ys, most=400):
     return [xs[min(i + size, len(xs)) - 1] for i in cuts], [sum(ys[i : i + size]) / len(ys[i : i + size]) for i in cuts]
 
 
-def chart(title, series, width=480, height=300):
-    """PIL image of lines over steps. series: (label, xs, ys) each; logarithmic if ys > 0 span 50-fold."""
+def chart(title, series, share=False, width=480, height=300):
+    """PIL image of lines over steps. series: (label, xs, ys) each; logarithmic if ys > 0 span 50-fold.
+
+    share: the values are shares, so the axis goes from 0 to 1, or higher where they do.
+    """
     from PIL import Image, ImageDraw
 
     s = SCALE
@@ -73,15 +76,16 @@ def chart(title, series, width=480, height=300):
         pen.text((60 * s, 140 * s), "nothing recorded yet", "gray", small)
         return image.resize((width, height), Image.Resampling.LANCZOS)
     every = [y for _, _, ys in series for y in ys]
-    log = min(every) > 0 and max(every) / min(every) > 50
+    log = not share and min(every) > 0 and max(every) / min(every) > 50
     low, high = min(every), max(every)
-    if log:
+    if share:
+        low, high = 0.0, max(1.0, high) * 1.02
+    elif log:
         low, high = low / 1.2, high * 1.2
     else:
         pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
         low, high = (low if 0 <= low < pad else low - pad), high + pad
-    x_low, x_high = min(xs[0] for _, xs, _ in series), max(xs[-1] for _, xs, _ in series)
-    x_high += x_low == x_high
+    x_low, x_high = 0, max(1, max(xs[-1] for _, xs, _ in series))
     left, right, top, bottom = 60 * s, (width - 16) * s, 56 * s, (height - 32) * s
 
     def at_x(x):
@@ -107,8 +111,9 @@ def chart(title, series, width=480, height=300):
         if len(points) <= 30:
             for a, b in points:
                 pen.ellipse([a - 3 * s, b - 3 * s, a + 3 * s, b + 3 * s], ink)
-        pen.line([(x, along + 8 * s), (x + 16 * s, along + 8 * s)], ink, 3 * s)
-        pen.text((x + 20 * s, along), label, "black", small)
+        if label:
+            pen.line([(x, along + 8 * s), (x + 16 * s, along + 8 * s)], ink, 3 * s)
+            pen.text((x + 20 * s, along), label, "black", small)
         x += (32 * s) + pen.textlength(label, small)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
@@ -179,8 +184,8 @@ def score_charts(tables):
     found = [chart(title, [(label, *_numbers(r, "fid")) for label, r in tables.items()])]
     if len(tables) == 1:
         rows = next(iter(tables.values()))
-        return found + [chart("precision, recall, density, coverage", [(n, *_numbers(rows, n)) for n in SCORES[1:]])]
-    return found + [chart(n, [(label, *_numbers(r, n)) for label, r in tables.items()]) for n in SCORES[1:]]
+        return found + [chart("precision, recall, density, coverage", [(n, *_numbers(rows, n)) for n in SCORES[1:]], True)]
+    return found + [chart(n, [(label, *_numbers(r, n)) for label, r in tables.items()], True) for n in SCORES[1:]]
 
 
 def pictures(folder):
@@ -203,7 +208,7 @@ def pictures(folder):
         times = [250] * (len(frames) - 1) + [2000]
         frames[0].save(folder / "samples.gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
     logs, tables = read_csv(folder / "log.csv"), read_csv(folder / "metrics.csv")
-    _sheet(loss_charts({"": logs}) + score_charts({"run": tables}), 2).save(folder / "curves.png")
+    _sheet(loss_charts({"": logs}) + score_charts({"": tables}), 2).save(folder / "curves.png")
 
 
 def _beside(text, picture):

@@ -1,0 +1,71 @@
+"""The README's commands: all are parsed, and those that need nothing but the built-in data are run."""
+import re
+import shlex
+
+import pytest
+
+from common import evaluate, report, run, sample
+from tests.benchmarks import yardstick
+from tests.helpers import ROOT, SCRIPTS, TINY, flags, script
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
+LINES = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+COMMANDS = [shlex.split(line) for line in LINES if line.startswith("python ")]
+MODULES = {"common.sample": sample._command, "common.report": report._command, "common.evaluate": evaluate._command}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of icr_gan, to stand for RUN."""
+    out = str(tmp_path_factory.mktemp("runs"))
+    return script("icr_gan").main(script("icr_gan").Args(**TINY, out_dir=out, cache_dir=str(ROOT / "data" / "cache")))
+
+
+def test_the_first_commands_are_those_a_new_user_types():
+    assert LINES[:2] == ["pip install -r requirements.txt", "python icr_gan.py --sigma 0.05"]
+    assert TEXT[: TEXT.index("pip install")].count("\n") < 20
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_run(words, trained, tmp_path, monkeypatch):
+    words = [str(trained) if w == "RUN" else w for w in words[1:]]
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "-m":
+        module, rest = words[1], words[2:]
+        if module == "tests.benchmarks.yardstick":
+            assert yardstick.arguments(rest)
+        elif module in MODULES:
+            small = ["--n", "64", "--cache-dir", str(ROOT / "data" / "cache")] if module == "common.evaluate" else []
+            MODULES[module]([*rest, *small])
+        else:
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+        return
+    m = script(words[0].removesuffix(".py"))
+    args = run.parse(m.Args, words[1:])
+    if args.resume:
+        assert m.main(args) == trained
+    elif args.dataset == "digits":
+        tiny = flags(TINY | {"out_dir": tmp_path, "cache_dir": ROOT / "data" / "cache"})
+        assert (m.main(run.parse(m.Args, [*words[1:], *tiny])) / "generator.pt").exists()
+
+
+def test_a_generator_is_used_as_written(trained):
+    loaded, plain = (text for kind, text in BLOCKS if kind == "python")
+    names = {}
+    exec(re.sub(r'"runs/[^"]*"', repr(str(trained)), loaded), names)
+    assert names["images"].shape == (16, 1, 32, 32)
+    m = script("icr_gan")
+    names = {"RUN": str(trained), "Args": m.Args, "build": m.build}
+    exec("import json, torch\n" + plain, names)
+    z = m.latents(3, names["args"])
+    nets, args, _ = run.load(trained)
+    assert m.sample(names["nets"], names["args"], z).equal(m.sample(nets, args, z))
+
+
+def test_pictures_and_scripts_are_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / path).exists(), path
+    for name in SCRIPTS:
+        assert f"{name}.py" in TEXT
+    assert "@" not in re.sub(r"\S+@\S+\.\S+", "", TEXT), "a place was left open"
