@@ -57,6 +57,7 @@ class Args:
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
     precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
+    impl: Literal["auto", "torch", "triton"] = "auto"  # plain functions or kernels; auto = the faster as measured
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -313,7 +314,10 @@ def main(args):
     args.channels = images.channels
     train = data.subset(images, args.subset, args.batch_size)
     nets = build(args)
-    update_d, update_g, state = updates(nets, args)
+    ops = None
+    if run.fused(args):
+        import kernels as ops
+    update_d, update_g, state = updates(nets, args, ops)
     r = run.start("icr_gan", args, images, nets, state, latents, sample)
     r.warn_above("gen_ratio", 1, "lambda_gen outweighs the adversarial loss of G, whose images turn rough; lower it or sigma")
     batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device)

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import json
@@ -204,6 +205,20 @@ def device_of(args):
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device {args.device} is not there: this machine has {count} usable CUDA devices; cpu always works")
     return device
+
+
+def fused(args):
+    """Whether --impl means the package kernels; ValueError where they cannot run.
+
+    auto is torch until a measurement on a GPU says otherwise.
+    """
+    if args.impl != "triton":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("impl triton needs the package triton, which is not installed here; use --impl torch")
+    if device_of(args).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("impl triton on the CPU works only in Triton's slow interpreter: set TRITON_INTERPRET=1, or use --impl torch")
+    return True
 
 
 def setup(args):
