@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -405,14 +406,15 @@ class Run:
         dataset = Path(args.dataset).name or "data"
         name = f"{self.script}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}-s{args.seed}"
         parent = Path(args.out_dir)
-        parent.mkdir(parents=True, exist_ok=True)
-        for i in range(1, 1000):
-            folder = parent / (name if i == 1 else f"{name}-{i}")
-            try:
-                folder.mkdir()
-                break
-            except FileExistsError:
-                continue
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            for i in itertools.count(1):
+                folder = parent / (name if i == 1 else f"{name}-{i}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    break
+        except OSError as e:
+            raise ValueError(f"out_dir {args.out_dir} cannot be written to: {e.strerror}; wanted a folder for run folders") from None
         values = dataclasses.asdict(args)
         del values["resume"]
         saved = {"script": self.script, "args": values, "versions": _versions(self.device)}

@@ -1,6 +1,6 @@
 """Pictures from a trained run.
 
-    python -m common.sample RUN                        # RUN/sample.png, a grid of 64
+    python -m common.sample RUN                        # RUN/grid.png, of 64
     python -m common.sample RUN --n 1000 --out FOLDER  # single PNGs
 """
 import argparse
@@ -63,7 +63,7 @@ def _command(argv=None):
     nets, args, script = run.load(a.run, a.device)
     images = draw(script.sample, nets, args, script.latents(a.n, args, torch.Generator().manual_seed(a.seed)))
     if not a.out:
-        path = Path(a.run) / "sample.png"
+        path = Path(a.run) / "grid.png"
         grid(images, min(a.n, COLUMNS if a.n <= 64 else round(a.n**0.5))).save(path)
         print(path)
         return

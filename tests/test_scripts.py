@@ -243,7 +243,7 @@ def test_help_shows_every_argument_with_its_default(name):
         (["--device", "cuda:77"], "cuda:77"),
         (["--device", "gpu"], "gpu"),
         (["--batch-size", "30000"], "30000"),
-        (["--out-dir", "FILE"], "FILE"),
+        (["--out-dir", "FILE"], "out_dir"),
         (["--resume", "EMPTY"], "args.json"),
         (["--no-such"], "--no-such"),
     ],
