@@ -41,7 +41,7 @@ class Args:
     lambda_fake: float = 10.0  # weight of D(G(z)) against D(T(G(z))); 0 = off
     lambda_dis: float = 5.0  # weight of D(G(z)) against D(G(z + sigma n)); 0 = off
     lambda_gen: float = 0.5  # weight of G(z) against G(z + sigma n), which G pushes apart; 0 = off
-    shift: int | None = None  # largest move of T in pixels, 0 = none [image_size / 8]
+    shift: int | None = None  # largest move of T in pixels, 0 = none [image_size / 32, at least 1]
     flip: Literal["auto", "on", "off"] = "auto"  # whether T mirrors; auto = not digits and mnist
     # networks
     z_dim: int = 64  # length of the latent vector
@@ -75,7 +75,7 @@ class Args:
         if self.steps is None and self.max_minutes is None:
             self.steps = 4000
         if self.shift is None:
-            self.shift = self.image_size // 8
+            self.shift = max(1, self.image_size // 32)
         for names, ok, wanted in (
             ("image_size", lambda v: 8 <= v <= 512 and v & (v - 1) == 0, "a power of two from 8 to 512"),
             ("channels", lambda v: v in (0, 1, 3), "0, 1 or 3"),

@@ -131,7 +131,7 @@ def test_no_shift_and_no_flip_draw_no_random_number():
 
 
 def test_shift_follows_the_image_size_and_stays_below_it():
-    assert icr_gan.Args(image_size=64).shift == 8
+    assert [icr_gan.Args(image_size=size).shift for size in (8, 32, 64)] == [1, 1, 2]
     assert icr_gan.Args(shift=0).shift == 0
     with pytest.raises(ValueError, match="shift"):
         icr_gan.Args(shift=32)
