@@ -60,7 +60,7 @@ class Args:
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 10000  # generated images per evaluation
-    features: Literal["auto", "lenet"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet"] = "auto"  # network behind the metrics; auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 

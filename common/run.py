@@ -364,7 +364,12 @@ class Run:
     """What start returns. Attributes: folder, device, step, drawn (batches of data), seconds."""
 
     def __init__(self, script, args, images, nets, state, latents, sample):
+        from common import features
+
         self.script, self.args, self.images = script, args, images
+        self._features = features.resolve(args.features, images.channels)
+        if len(images.images) < 6:
+            raise ValueError(f"{args.dataset} has {len(images.images)} images; scores need at least 6")
         self.nets, self.state, self._latents, self._sample = nets, state, latents, sample
         self.device = device_of(args)
         self.step = self.drawn = 0
@@ -633,7 +638,7 @@ class Run:
             return self.metrics.rows[-1]
         a = self.args
         if self._reference is None:
-            self._reference = evaluate.reference(self.images, a.features, a.eval_samples, a.cache_dir, self.device)
+            self._reference = evaluate.reference(self.images, self._features, a.eval_samples, a.cache_dir, self.device)
         generator = torch.Generator().manual_seed(a.seed + 1)  # not the latents of the grid
 
         def check():

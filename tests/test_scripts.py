@@ -244,6 +244,7 @@ def test_help_shows_every_argument_with_its_default(name):
         (["--device", "gpu"], "gpu"),
         (["--batch-size", "30000"], "30000"),
         (["--out-dir", "FILE"], "out_dir"),
+        (["--features", "cifarnet"], "3-channel"),
         (["--resume", "EMPTY"], "args.json"),
         (["--no-such"], "--no-such"),
     ],
