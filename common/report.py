@@ -44,7 +44,7 @@ def _ticks(low, high, log):
         found = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
         inside = [t for t in found if low <= t <= high]
         return [t for t in inside if len(inside) <= 6 or f"{t:e}"[0] == "1"] or inside[:6]
-    raw = (high - low) / 4
+    raw = (high - low) / 6
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -270,7 +270,7 @@ def compare(folders, out):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
-    _sheet(loss_charts(logs) + score_charts(tables), 2).save(out / "curves.png")
+    _sheet(loss_charts(logs) + score_charts(tables), 3).save(out / "curves.png")
     finals = [(label, _grids(f)) for label, f in zip(labels, folders)]
     final = [_captioned(Image.open(g[-1][1]).convert("RGB"), label) for label, g in finals if g]
     if final:

@@ -142,14 +142,7 @@ if triton is not None:
         m_real = tl.sum(real, axis=0) / N
         m_fake = tl.sum(fake, axis=0) / N
         m_dis = tl.sum(dis, axis=0) / N
-        loss = m_lsgan
-        if REAL:  # a term that is off is left out: 0 * inf would be NaN
-            loss += l_real * m_real
-        if FAKE:
-            loss += l_fake * m_fake
-        if DIS:
-            loss += l_dis * m_dis
-        tl.store(loss_ptr, loss)
+        tl.store(loss_ptr, m_lsgan + l_real * m_real + l_fake * m_fake + l_dis * m_dis)
         tl.store(terms_ptr, m_lsgan)
         tl.store(terms_ptr + 1, m_real)
         tl.store(terms_ptr + 2, m_fake)

@@ -131,18 +131,18 @@ def test_one_tensor_on_both_sides_gets_the_sum_of_its_gradients(device):
     torch.testing.assert_close(a.grad, 2 * a.detach() / 15)
 
 
-def test_nan_in_gives_nan_out_where_it_is(device):
-    a, b = pair((3, 50), device)
-    a[1, 3] = b[2, 49] = float("nan")
-    loss, da, db = value_and_gradients(consistency, a, b, weight=1.0)
-    nan = a.isnan() | b.isnan()
-    assert loss.isnan() and torch.equal(da.isnan(), nan) and torch.equal(db.isnan(), nan)
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_in_gives_nan_out_where_it_is(side, device):
+    images = pair((3, 50), device)
+    images[side][2, 49] = float("nan")
+    loss, *grads = value_and_gradients(consistency, *images, weight=1.0)
+    assert loss.isnan() and all(torch.equal(g.isnan(), images[side].isnan()) for g in grads)
 
 
 def test_consistency_takes_every_layout(device):
     other = torch.randn(4, 3, 5, 6, device=device)
-    for view in views(other):
-        for a, b in ((view, other), (other, view), (view, view + 1)):
+    for view, twin in zip(views(other), views(other)):
+        for a, b in ((view, other), (other, view), (view, twin)):
             got = value_and_gradients(consistency, a, b, weight=2.0)
             exact = value_and_gradients(C.consistency_ref, a.double(), b.double(), weight=2.0)
             assert all(error(g, e) <= 1e-6 for g, e in zip(got, exact))

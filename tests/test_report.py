@@ -64,7 +64,7 @@ def test_several_runs_lie_side_by_side(runs, tmp_path, capsys):
         assert f"| {final['fid']:.2f} |" in line and f"| {final['step']} |" in line
     assert "lsgan" in lines[2] and "icr_gan" in lines[3]
     assert Image.open(tmp_path / "samples.png").width == 2 * 530 + 8
-    assert Image.open(tmp_path / "curves.png").width == 2 * 480 + 8
+    assert Image.open(tmp_path / "curves.png").width == 3 * 480 + 16
     assert table.strip() in capsys.readouterr().out
 
 
@@ -90,7 +90,7 @@ def test_a_chart_puts_its_line_where_the_numbers_are():
 @pytest.mark.parametrize("low, high, log", [(0, 1, False), (-3.2, 17, False), (1e-4, 2e-4, False), (0.02, 900, True), (3, 170, True)])
 def test_ticks_are_round_and_inside(low, high, log):
     ticks = report._ticks(low, high, log)
-    assert 2 <= len(ticks) <= 8
+    assert 2 <= len(ticks) <= 9
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in ticks) and ticks == sorted(ticks)
     assert all(len(f"{t:.3g}".lstrip("-").replace("0", "").replace(".", "").split("e")[0]) <= 2 for t in ticks)
 

@@ -2,7 +2,13 @@
 
     python -m common.weights.train_lenet
 
-RECORDED
+8 epochs over 60,000 and 20,000 images, seed 0, one thread of a 2-core x86 CPU with bf16 units, 210 s
+when idle (387 s beside others), 2026-11-25: of the stored weights, which are rounded to fp16, 99.60 %
+of the 10,000 MNIST test images and 99.92 % of the 4,000 held-out digits.
+sha256 8e9b8252874f3288993d486519f2ce69aa3155c8cc8dd251a490a8c1357df797
+
+The seed gives the same bits again only on the same kind of CPU and release of torch, 2.14.1 here.
+After training anew, the printed sha256 belongs into NETWORKS of common/features.py.
 """
 import argparse
 import hashlib
@@ -75,11 +81,12 @@ def arguments(name, epochs):
 
 def finish(name, net, path, tests, began):
     """Store, and report on what was stored, not on what it was rounded from."""
-    seconds = time.monotonic() - began
+    seconds, cpu = time.monotonic() - began, time.process_time()
     sha256 = store(net, path)
     stored = features.load(name, path, sha256)
     terminal.close()
     print(f"{path}: {os.path.getsize(path)} bytes, sha256 {sha256}, trained in {seconds:.0f} s")
+    print(f"{cpu:.0f} s of CPU time, data included")
     for what, split in tests.items():
         print(f"{accuracy(stored, split):.2f} % of {len(split)} {what}")
 
