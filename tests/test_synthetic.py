@@ -64,6 +64,14 @@ def test_a_digit_drawn_twice_is_drawn_anew(monkeypatch):
     assert torch.equal(images[13], draws[1][0])
 
 
+def test_no_stretch_of_digits_repeats_an_earlier_one(monkeypatch):
+    sizes = []
+    draw = synthetic._draw
+    monkeypatch.setattr(synthetic, "_draw", lambda *a: sizes.append(len(a[1])) or draw(*a))
+    synthetic.digits(synthetic.CHUNK + 10, seed=0)
+    assert sizes == [synthetic.CHUNK] * 2  # single ones would be drawn in place of twins
+
+
 def test_digits_are_white_on_black_and_stand_clear_of_the_corners():
     images, labels = synthetic.digits(1000, seed=0)
     assert (images.flatten(1).amin(1) == 0).all()
