@@ -106,3 +106,10 @@ def test_results_are_not_views_of_what_came_in(device):
     none = torch.zeros(3, dtype=torch.int64, device=device)
     for out in (kernels.augment(x, none > 0, none, none), kernels.interpolate(x, x, torch.ones(3, device=device))):
         assert torch.equal(out, x) and out.data_ptr() != x.data_ptr()
+
+
+def test_gpu_tests_refuse_the_interpreter():
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_augment.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "asks for a GPU" in done.stderr
