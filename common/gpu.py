@@ -36,7 +36,7 @@ class Lost(RuntimeError):
 
 def graph(fn, device, on=True):
     """fn as an Update: on a GPU replayed as a CUDA graph, unless on is False; elsewhere a plain call."""
-    return Update(fn, on and torch.device(device).type == "cuda")
+    return Update(fn, torch.device(device), on)
 
 
 class Update:
@@ -50,15 +50,20 @@ class Update:
 
     streams = {}  # one for all updates of a device, as they share parameters
 
-    def __init__(self, fn, captures):
-        self.fn, self.captures = fn, captures
-        self._calls, self._seen = 0, None
+    def __init__(self, fn, device, on=True):
+        self.fn, self.device = fn, device
+        self.captures = on and device.type == "cuda"
+        self._calls, self._seen, self._owned = 0, None, False
         self._parts = None  # graphs, and between them functions that are called
         self._inputs = self._outputs = self._context = None
 
     def __call__(self, *inputs):
         if not self.captures:
             return self.fn(*inputs)
+        with torch.cuda.device(self.device):  # a graph is replayed on the current one
+            return self._on_gpu(inputs)
+
+    def _on_gpu(self, inputs):
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._plain(inputs)
@@ -107,7 +112,7 @@ class Update:
     def _begin(self):
         part = torch.cuda.CUDAGraph()
         # thread_local: threads of nccl may go on asking for the state of their own work
-        self._context = torch.cuda.graph(part, self._pool, self._stream(), "thread_local")
+        self._context = torch.cuda.graph(part, pool=self._pool, stream=self._stream(), capture_error_mode="thread_local")
         self._context.__enter__()
         self._parts.append(part.replay)
 

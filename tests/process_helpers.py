@@ -53,6 +53,13 @@ def pieces():
     norm[0].num_batches_tracked.fill_(rank)
     before = norm[1].weight.detach().clone()
     gpu.average_buffers({"norm": norm})
+    pair = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimiser = torch.optim.SGD(pair, 1.0)
+    gpu.average_gradients(optimiser)
+    pair[0].grad = torch.full((2,), 1.0 + rank)
+    if rank == 0:
+        pair[1].grad = torch.ones(2)  # none on rank 1
+    optimiser.step()
     gpu.seed(3, 0)
     noise = gpu.gathered(torch.randn(4))
     pixels = torch.arange(22 * 3 * 4, dtype=torch.uint8).view(22, 3, 2, 2)
@@ -62,6 +69,7 @@ def pieces():
         "tracked": gpu.gathered(int(norm[0].num_batches_tracked)),
         "other": gpu.gathered(float(norm.other)),
         "untouched": torch.equal(before, norm[1].weight),
+        "stepped": gpu.gathered([p.detach().tolist() for p in pair]),
         "noise": noise,
         "average": gpu.average({"a": torch.tensor(1.0 + rank), "b": float("nan") if rank else 0.0}),
         "highest": gpu.highest(rank, -rank),

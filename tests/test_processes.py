@@ -17,7 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 CACHE = str(ROOT / "data" / "cache")
 
 
-def torchrun(*words, **changes):
+def torchrun(*words):
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*TORCHRUN, *map(str, words)], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=TIMEOUT)
 
@@ -40,6 +40,10 @@ def distance(a, b):
 def test_two_processes_on_the_halves_of_a_batch_do_the_update_of_the_whole(found, case, tolerance):
     """A critic of two layers with the gradient penalty; alone, that gives the last bias no gradient."""
     assert distance(found[case]["halves"], found[case]["whole"]) < tolerance
+
+
+def test_a_gradient_that_only_one_rank_has_is_averaged_with_zeros(found):
+    assert found["pieces"]["stepped"] == [[[-1.5, -1.5], [-0.5, -0.5]]] * 2
 
 
 def test_only_running_statistics_are_averaged(found):
