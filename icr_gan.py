@@ -58,6 +58,7 @@ class Args:
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
     precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
     impl: Literal["auto", "torch", "triton"] = "auto"  # plain functions or kernels; auto = the faster as measured
+    graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -198,9 +199,8 @@ def draw_moves(n, args, device):
     """Random flip, dx, dy of augment for n images, each drawn for itself."""
     mirror = args.flip == "on" or (args.flip == "auto" and args.dataset not in ("digits", "mnist"))
     flip = torch.rand(n, device=device) < 0.5 if mirror else torch.zeros(n, dtype=torch.bool, device=device)
-    if not args.shift:
-        return flip, *torch.zeros(2, n, dtype=torch.int64, device=device)
-    return flip, *torch.randint(-args.shift, args.shift + 1, (2, n), device=device)
+    still = torch.zeros(2, n, dtype=torch.int64, device=device)
+    return flip, *(torch.randint_like(still, -args.shift, args.shift + 1) if args.shift else still)
 
 
 # ---- assembly --------------------------------------------------------------------------------
@@ -307,9 +307,9 @@ def updates(nets, args, ops=None):
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, run  # borrowed, here and nowhere else: replace to train elsewhere
+    from common import data, gpu, run  # borrowed, here and nowhere else: replace to train elsewhere
 
-    run.setup(args)  # checks, threads, seed
+    run.setup(args)  # checks, processes, threads, seed
     images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
     args.channels = images.channels
     train = data.subset(images, args.subset, args.batch_size)
@@ -317,10 +317,11 @@ def main(args):
     ops = None
     if run.fused(args):
         import kernels as ops
-    update_d, update_g, state = updates(nets, args, ops)
-    r = run.start("icr_gan", args, images, nets, state, latents, sample)
+    update_d, update_g, state = updates(nets, gpu.share(args), ops)  # of several processes, one's share of the batch
+    r = run.start(__file__, args, images, nets, state, latents, sample)
     r.warn_above("gen_ratio", 1, "lambda_gen outweighs the adversarial loss of G, whose images turn rough; lower it or sigma")
-    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device)
+    update_d, update_g = (gpu.graph(u, r.device, args.graphs) for u in (update_d, update_g))
+    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device, r.rank, r.ranks, update_d.captures)
     while r.going():
         r.set_lr(args.lr * min(1, (1 - r.fraction) / args.lr_decay) if args.lr_decay else args.lr)
         for _ in range(args.n_critic):

@@ -51,6 +51,7 @@ class Args:
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
     precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
+    graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
@@ -239,16 +240,17 @@ def updates(nets, args):
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, run  # borrowed, here and nowhere else: replace to train elsewhere
+    from common import data, gpu, run  # borrowed, here and nowhere else: replace to train elsewhere
 
-    run.setup(args)  # checks, threads, seed
+    run.setup(args)  # checks, processes, threads, seed
     images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
     args.channels = images.channels
     train = data.subset(images, args.subset, args.batch_size)
     nets = build(args)
-    update_d, update_g, state = updates(nets, args)
-    r = run.start("lsgan", args, images, nets, state, latents, sample)
-    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device)
+    update_d, update_g, state = updates(nets, gpu.share(args))  # of several processes, one's share of the batch
+    r = run.start(__file__, args, images, nets, state, latents, sample)
+    update_d, update_g = (gpu.graph(u, r.device, args.graphs) for u in (update_d, update_g))
+    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device, r.rank, r.ranks, update_d.captures)
     while r.going():
         r.set_lr(args.lr * min(1, (1 - r.fraction) / args.lr_decay) if args.lr_decay else args.lr)
         for _ in range(args.n_critic):

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -129,12 +130,14 @@ def to_uint8(x):
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def batches(images, batch_size, seed, start=0, device="cpu", rank=0, ranks=1):
+def batches(images, batch_size, seed, start=0, device="cpu", rank=0, ranks=1, static=False):
     """Endless iterator of float32 [N, C, H, W] in [-1, 1]; images: uint8 tensor or Images.
 
     Batch number b is a function of (seed, b) alone: epoch e is a permutation from (seed, e), its
     incomplete tail is dropped, and start, the number of batches drawn before, costs nothing.
     batch_size is that of all ranks together; each gets its own stretch of batch_size / ranks.
+    static: where the set fits the device as floats, each batch is one gather into one and the same
+    tensor, overwritten by the next, as a captured update reads it.
     """
     pixels = images.images if isinstance(images, Images) else images
     if batch_size < 1 or batch_size % ranks:
@@ -145,26 +148,49 @@ def batches(images, batch_size, seed, start=0, device="cpu", rank=0, ranks=1):
         raise ValueError(f"batch_size is {batch_size}, and there are only {len(pixels)} images")
     if start < 0:
         raise ValueError(f"start is {start}; wanted the number of batches drawn before")
-    return _batches(pixels, batch_size, seed, start, torch.device(device), rank, ranks)
-
-
-def _batches(pixels, batch_size, seed, start, device, rank, ranks):
-    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        pixels = pixels.to(device)
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     share = batch_size // ranks
-    per_epoch = len(pixels) // batch_size
+    if static and pixels.nbytes * 5 < free / 2:  # the bytes and their floats
+        floats = to_float(pixels.to(device))
+        batch = floats.new_empty(share, *pixels.shape[1:])
+        rows = _rows(len(pixels), batch_size, seed, start, rank, share, device)
+        return (torch.index_select(floats, 0, row, out=batch) for row in rows)
+    if device.type == "cuda" and pixels.nbytes < free / 2:
+        pixels = pixels.to(device)
+    rows = _rows(len(pixels), batch_size, seed, start, rank, share, pixels.device)
+    chosen = (pixels.index_select(0, row) for row in rows)
+    if device.type != pixels.device.type:
+        chosen = _ahead(chosen, device)
+    return map(to_float, chosen)
+
+
+def _rows(n, batch_size, seed, start, rank, share, device):
+    """Numbers of the images of one rank's batches, endless."""
+    per_epoch = n // batch_size
     epoch, i = divmod(start, per_epoch)
     while True:
-        order = torch.randperm(len(pixels), generator=synthetic.generator(seed, epoch))
-        order = order.to(pixels.device)
+        order = torch.randperm(n, generator=synthetic.generator(seed, epoch)).to(device)
         for first in range(i * batch_size + rank * share, per_epoch * batch_size, batch_size):
-            batch = pixels.index_select(0, order[first : first + share])
-            if batch.device.type != device.type:  # bytes travel, a quarter of the floats
-                if device.type == "cuda":
-                    batch = batch.pin_memory()
-                batch = batch.to(device, non_blocking=True)
-            yield to_float(batch)
+            yield order[first : first + share]
         epoch, i = epoch + 1, 0
+
+
+def _ahead(batches, device):
+    """uint8 batches on a GPU, each on its way from pinned memory while the one before is in use."""
+    stream = torch.cuda.Stream(device)
+
+    def send(batch):  # bytes travel, a quarter of the floats
+        with torch.cuda.stream(stream):
+            return batch.pin_memory().to(device, non_blocking=True), stream.record_event()
+
+    sent = send(next(batches))
+    while True:
+        (batch, arrived), sent = sent, send(next(batches))
+        here = torch.cuda.current_stream(device)
+        here.wait_event(arrived)
+        batch.record_stream(here)  # the memory came from the other stream
+        yield batch
 
 
 def cached(cache_dir, kind, key, make, version=1):

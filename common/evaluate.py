@@ -53,6 +53,17 @@ def features_of(generate, n, name, device="cpu", check=lambda: None):
     return torch.cat(parts)
 
 
+def in_order(parts, n):
+    """Features [n, d] from those of each rank, which took its share of every chunk."""
+    pieces, taken = [], [0] * len(parts)
+    for first in range(0, n, CHUNK):
+        sizes = [len(share) for share in torch.empty(min(CHUNK, n - first)).tensor_split(len(parts))]
+        for i, size in enumerate(sizes):
+            pieces.append(parts[i][taken[i] : taken[i] + size])
+            taken[i] += size
+    return torch.cat(pieces)
+
+
 def score(fake, real):
     """Metrics of features fake [n, d] against what `reference` returned, as one dict for a table."""
     moments = fid.Statistics()

@@ -119,7 +119,8 @@ def resolve(features, channels):
         accepted = " or ".join(str(n) for n in sorted(set(taken.values())))
         raise ValueError(f"no features for images of {channels} channels; wanted {accepted}")
     if features != "auto" and features not in fit:
-        raise ValueError(f"{features} takes {taken[features]}-channel images, got {channels} channels")
+        n = taken[features]
+        raise ValueError(f"{features} takes {n}-channel images, got {channels} channels")
     return fit[0] if features == "auto" else features
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from common import terminal
+from common import gpu, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("lsgan", "icr_gan")  # those that `load` may import by the name in a run folder
@@ -223,13 +223,16 @@ def fused(args):
 
 
 def setup(args):
-    """Check what a script cannot check itself, set the CPU threads and seed the default generators."""
+    """Check what a script cannot check itself, join other processes, set threads, precision and seed."""
     _check_choices(args)
-    device_of(args)
+    device = device_of(args)
     if args.resume:
         read_args(args.resume)
-    terminal.quiet = args.quiet
+    gpu.start(device)
+    terminal.quiet = args.quiet or gpu.rank() > 0
     torch.set_num_threads(args.threads)
+    # fp32 means fp32: TF32 has 10 bits, and what should run in few is what --precision bf16 names
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(args.seed)
 
 
@@ -245,17 +248,22 @@ def guard(command):
     except (ValueError, OSError) as e:
         code = 2
         message = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
-    except Failed as e:
+    except (Failed, gpu.Lost) as e:
         code, message = 1, str(e)
     except Stopped as e:
         code, message = 128 + e.signum, ""
         terminal.close()
-        print(e, file=sys.stderr)
+        if gpu.rank() == 0:
+            print(e, file=sys.stderr)
+        gpu.stop()
     except KeyboardInterrupt:
         code, message = 130, ""
     else:
+        gpu.stop()
         return
     terminal.close()
+    if message and gpu.rank():
+        message = f"process {gpu.rank()}: {message}"
     if message:
         print(f"{terminal.color('error:', 31)} {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
@@ -310,8 +318,8 @@ def load_tensors(path):
 class Table:
     """A csv file that grows by rows; its columns are those of the first row."""
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, writes=True):
+        self.path, self.writes = Path(path), writes  # of several processes one writes
         self.rows = []
 
     def read(self, last_step):
@@ -325,6 +333,8 @@ class Table:
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def _write(self, rows, mode):
+        if not self.writes:
+            return
         if not rows:
             self.path.unlink(missing_ok=True)
             return
@@ -361,12 +371,15 @@ def _versions(device):
 
 
 class Run:
-    """What start returns. Attributes: folder, device, step, drawn (batches of data), seconds."""
+    """What start returns. Attributes: folder, device, step, drawn (batches of data), seconds, rank, ranks.
+
+    Of several processes all take every step here, so that they decide alike; rank 0 writes.
+    """
 
     def __init__(self, script, args, images, nets, state, latents, sample):
         from common import features
 
-        self.script, self.args, self.images = script, args, images
+        self.script, self.args, self.images = Path(script).stem, args, images
         self._features = features.resolve(args.features, images.channels)
         if len(images.images) < 6:
             raise ValueError(f"{args.dataset} has {len(images.images)} images; scores need at least 6")
@@ -375,30 +388,41 @@ class Run:
         self.step = self.drawn = 0
         self.seconds = 0.0  # of training, without evaluations, grids and saves
         self._since = None  # when the stopwatch was started; None while it stands
+        self.rank, self.ranks = gpu.rank(), gpu.ranks()
         self._losses, self._shown = {}, ""
+        self._averaged = False  # whether _losses are those of all ranks
         self._limits = {}
         self._signal = None
         self._handlers = {}
         self._reference = None
+        if self.ranks > 1:
+            gpu.seed(args.seed, 0)
         if args.resume:
             self.folder = Path(args.resume)
             self._load()
         else:
-            self.folder = self._new_folder()
-        self.log, self.metrics = Table(self.folder / "log.csv"), Table(self.folder / "metrics.csv")
-        self.log.read(self.step)
-        self.metrics.read(self.step)
+            self.folder = gpu.told(self._new_folder() if self.rank == 0 else None)
+        gpu.align(nets)
+        for value in state.values():
+            if hasattr(value, "param_groups"):
+                gpu.average_gradients(value)
+        self.log, self.metrics = (Table(self.folder / name, self.rank == 0) for name in ("log.csv", "metrics.csv"))
+        for table in (self.log, self.metrics):
+            table.read(self.step)
+            table.rows = gpu.told(table.rows)
         self._start_seconds, self._start_step = self.seconds, self.step
+        self._agreed = self.seconds  # of several processes, the longest elapsed time, as they last compared
         self._catch_signals()
         cores = os.cpu_count()
         on = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{args.threads} of {cores} CPU threads"
-        terminal.say(f"{script} on {on}, {len(images.images)} images of {args.dataset}, into {self.folder}")
-        if self.step == 0 and not (self.folder / "checkpoint.pt").exists():
+        on = f"{self.ranks} processes, the first on {on}" if self.ranks > 1 else on
+        terminal.say(f"{self.script} on {on}, {len(images.images)} images of {args.dataset}, into {self.folder}")
+        if gpu.told(self.step == 0 and not (self.folder / "checkpoint.pt").exists()):
             with self._aside():
                 self.grid()
             self.save()
         else:
-            for old in (self.folder / "samples").glob("*.png"):
+            for old in (self.folder / "samples").glob("*.png") if self.rank == 0 else ():
                 if old.stem.isdigit() and int(old.stem) > self.step:
                     old.unlink()
             self._when_due()  # a run that was stopped between a save and its evaluation owes it
@@ -433,6 +457,13 @@ class Run:
             for key, value in net.state_dict().items():
                 if not torch.isfinite(value).all():
                     self._diverged(f"{key} of the {name}")
+        rng = {
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        others = gpu.gathered(rng)
+        if self.rank:
+            return
         values = {
             "script": self.script,
             "step": self.step,
@@ -441,19 +472,22 @@ class Run:
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in self.state.items()},
             "losses": {k: float(v) for k, v in self._losses.items()},
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
+        } | rng
+        if self.ranks > 1:
+            values["ranks"] = others
         with writing(self.folder / "checkpoint.pt"):
             save_tensors(self.folder / "checkpoint.pt", values)
 
     def _load(self):
         """Take over checkpoint.pt; a run that was killed before its first save starts at 0."""
         path = self.folder / "checkpoint.pt"
-        (self.folder / "samples").mkdir(exist_ok=True)
-        if not path.exists():
+        saved = None
+        if self.rank == 0:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            saved = load_tensors(path) if path.exists() else None
+        saved = gpu.told(saved)
+        if saved is None:
             return
-        saved = load_tensors(path)
         try:
             if saved["script"] != self.script:
                 raise ValueError(f"it is of {saved['script']}.py, not of {self.script}.py")
@@ -467,10 +501,15 @@ class Run:
                 for group in value.param_groups:  # load_state_dict leaves a tensor rate on the CPU
                     group["lr"] = group["lr"].to(self.device)
             self.step, self.drawn, self.seconds = saved["step"], saved["drawn"], saved["seconds"]
-            self._losses = saved["losses"]
-            torch.set_rng_state(saved["rng"])
-            if saved["rng_cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["rng_cuda"], self.device)
+            self._losses, self._averaged = saved["losses"], True
+            rngs = saved.get("ranks", [saved])
+            if self.ranks == 1 or len(rngs) == self.ranks:
+                rng = rngs[self.rank]
+                torch.set_rng_state(rng["rng"])
+                if rng["rng_cuda"] is not None and self.device.type == "cuda":
+                    torch.cuda.set_rng_state(rng["rng_cuda"], self.device)
+            else:  # saved by another number of processes
+                gpu.seed(self.args.seed, self.step)
         except (KeyError, TypeError, RuntimeError, ValueError) as e:
             raise ValueError(f"{path} does not fit this run: {str(e).splitlines()[0]}") from None
 
@@ -497,6 +536,11 @@ class Run:
             self._start_clock()
 
     def _elapsed(self):
+        if self.ranks > 1:
+            return self._agreed
+        return self._own_elapsed()
+
+    def _own_elapsed(self):
         return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def _catch_signals(self):
@@ -505,7 +549,8 @@ class Run:
 
         def note(signum, frame):
             self._signal = signum
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends at once
+            if not gpu.launched():  # torchrun passes on what the terminal has sent to all anyway
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends at once
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, note)
@@ -516,10 +561,13 @@ class Run:
         self._handlers = {}
 
     def _heed_signal(self):
+        if self.ranks > 1:
+            signum, self._agreed = gpu.highest(self._signal or 0, self._own_elapsed())
+            self._signal = int(signum) or None
         if self._signal is None:
             return
         self._stop_clock()
-        self._losses_finite()
+        self._settle()
         self.save()
         self._release_signals()
         name = signal.Signals(self._signal).name
@@ -569,7 +617,7 @@ class Run:
         """Count the step; when due: log, draw the grid, evaluate, save. losses: 0-d tensors by name."""
         self.step += 1
         self.drawn += self.args.n_critic
-        self._losses = losses
+        self._losses, self._averaged = losses, False
         self._when_due()
         self._heed_signal()
 
@@ -585,7 +633,7 @@ class Run:
         draw = self._due(a.sample_every)
         if draw or step == EARLY_GRID or self._due(a.eval_every):
             with self._aside():
-                self._losses_finite()
+                self._settle()
                 if draw or step == EARLY_GRID:
                     self.grid()
                 if draw:
@@ -596,7 +644,14 @@ class Run:
     def _logged(self, table):
         return bool(table.rows) and int(table.rows[-1]["step"]) == self.step
 
+    def _settle(self):
+        """Before anything is shown, scored or saved."""
+        self._losses_finite()
+        gpu.average_buffers(self.nets)
+
     def _losses_finite(self):
+        if not self._averaged:  # over the ranks, so that all see what one has met
+            self._losses, self._averaged = gpu.average(self._losses), True
         for name, value in self._losses.items():
             if not math.isfinite(float(value)):
                 self._diverged(name)
@@ -612,8 +667,8 @@ class Run:
     def _log(self):
         if self._logged(self.log):
             return
-        values = {name: float(v) for name, v in self._losses.items()}  # the one place that waits for the device
         self._losses_finite()
+        values = {name: float(v) for name, v in self._losses.items()}  # the one place that waits for the device
         for name, (limit, text) in list(self._limits.items()):
             if values.get(name, 0) > limit:
                 terminal.say(f"{terminal.color('warning:', 33)} {name} is {values[name]:.2g} at step {self.step}: {text}")
@@ -626,6 +681,8 @@ class Run:
         """samples/STEP.png: the same latents, hence the same places, at every step."""
         from common.sample import COLUMNS, draw, grid
 
+        if self.rank:
+            return
         z = self._latents(COLUMNS * COLUMNS, self.args, torch.Generator().manual_seed(self.args.seed))
         with writing(self.folder / "samples"):
             grid(draw(self._sample, self.nets, self.args, z)).save(self.folder / "samples" / f"{self.step:06d}.png")
@@ -637,7 +694,7 @@ class Run:
         if self._logged(self.metrics):
             return self.metrics.rows[-1]
         a = self.args
-        if self._reference is None:
+        if self._reference is None and self.rank == 0:
             self._reference = evaluate.reference(self.images, self._features, a.eval_samples, a.cache_dir, self.device)
         generator = torch.Generator().manual_seed(a.seed + 1)  # not the latents of the grid
 
@@ -645,11 +702,16 @@ class Run:
             self._heed_signal()
 
         def chunk(n):
-            return self._sample(self.nets, a, self._latents(n, a, generator))
+            z = self._latents(n, a, generator)  # all of them on every rank, so the images are those of one process
+            return self._sample(self.nets, a, z.tensor_split(self.ranks)[self.rank])
 
-        fake = evaluate.features_of(chunk, a.eval_samples, self._reference["features"], self.device, check)
-        row = {"step": self.step, "seconds": round(self.seconds, 3)} | evaluate.score(fake, self._reference)
-        self.metrics.add(row)
+        fake = evaluate.features_of(chunk, a.eval_samples, self._features, self.device, check)
+        parts = gpu.gathered(fake)
+        row = None
+        if self.rank == 0:
+            scores = evaluate.score(evaluate.in_order(parts, a.eval_samples), self._reference)
+            row = {"step": self.step, "seconds": round(self.seconds, 3)} | scores
+        self.metrics.add(gpu.told(row))
         return self.metrics.rows[-1]
 
     def finish(self):
@@ -657,13 +719,16 @@ class Run:
         from common import report
 
         self._stop_clock()
-        self._losses_finite()
+        self._settle()
         if self._losses:
             self._log()
         self.grid()
         self.save()
         row = self.evaluate()
         terminal.close()
+        if self.rank:
+            self._release_signals()
+            return self.folder
         with writing(self.folder):
             save_tensors(self.folder / "generator.pt", self.nets["generator_ema"].state_dict())
             on = {
@@ -696,7 +761,7 @@ def _number(text):
 def start(script, args, images, nets, state, latents, sample):
     """A Run in a new folder under args.out_dir, or the one that args.resume goes on with.
 
-    script: its name; images: common.data.Images to score against; state: optimisers and 0-d
+    script: its file or name; images: common.data.Images to score against; state: optimisers and 0-d
     tensors by name; latents and sample: the script's functions. ValueError and OSError for bad
     input, before anything is written.
     """

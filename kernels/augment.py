@@ -98,7 +98,7 @@ if triton is not None:
 
 
 def tiles(r, m):
-    """Rows and columns of a tile, and how many tiles cover r rows of m elements in each direction."""
+    """Rows and columns of a tile, and how many tiles cover r rows of m elements each way."""
     cols = min(BLOCK, triton.next_power_of_2(m))
     rows = min(BLOCK // cols, triton.next_power_of_2(r))
     return rows, cols, triton.cdiv(r, rows), triton.cdiv(m, cols)
@@ -136,7 +136,8 @@ def augment(x, flip, dx, dy):
     (int64 [N], |dx| < W, |dy| < H), borders reflected. Not differentiable."""
     moves = [(t.dtype, tuple(t.shape)) for t in (flip, dx, dy)]
     if x.dim() != 4 or moves != [(t, x.shape[:1]) for t in (torch.bool, torch.int64, torch.int64)]:
-        raise ValueError(f"need [N, C, H, W], bool [N] and two int64 [N], got {tuple(x.shape)}, {moves}")
+        need = "[N, C, H, W], bool [N] and two int64 [N]"
+        raise ValueError(f"need {need}, got {tuple(x.shape)}, {moves}")
     if not fused(x):
         return augment_ref(x, flip, dx, dy)
     return _augment_op(dense(x), flip.contiguous(), dx.contiguous(), dy.contiguous())

@@ -185,7 +185,7 @@ def test_small_digits_are_padded_as_the_data_are(digits):
 
 @pytest.mark.parametrize("name, channels", BOTH)
 def test_a_fine_pattern_is_averaged_and_not_sampled(name, channels):
-    lines = (torch.arange(160) % 5 == 2).to(torch.uint8) * 255  # the columns that sampling would hit
+    lines = (torch.arange(160) % 5 == 2).to(torch.uint8) * 255  # those that sampling would hit
     lines = lines.expand(1, channels, 160, 160)
     grey = torch.full((1, channels, 32, 32), 51, dtype=torch.uint8)
     found = features.extract(torch.cat([lines, lines.mT]), name)
@@ -261,7 +261,7 @@ def test_grey_images_are_varied_a_little_and_keep_their_background(digits):
 
 
 def test_colour_images_are_moved_and_mirrored_as_one():
-    """A picture whose red is its column and whose green is its row says where each pixel is from."""
+    """Red is the column and green the row, so that each pixel says where it is from."""
     size, shift = 32, train_cifarnet.SHIFT
     column = torch.arange(size).expand(size, size)
     x = torch.stack([column, column.T, column]).float().expand(200, 3, size, size)
