@@ -98,7 +98,7 @@ class Cifarnet(nn.Module):
 
 NETWORKS = {  # name: (class, sha256 of its weights); inception and vgg16 have their place here
     "lenet": (Lenet, "8e9b8252874f3288993d486519f2ce69aa3155c8cc8dd251a490a8c1357df797"),
-    "cifarnet": (Cifarnet, "bcd3d71f567f7b965ee26136d52226db0be75f41553ffa24700da905942903bf"),
+    "cifarnet": (Cifarnet, "2b4e21ec4b7f8e52816be063b67cc7fa9b9ddc6a51ebc9b69aac69719f56d449"),
 }
 NAMES = ("auto", *NETWORKS)
 

@@ -1,9 +1,10 @@
 """Consistency regularisation: the distance of two sets of images, and the whole loss of ICR's D.
 
 Formula      consistency  L = w mean (a - b)^2                   over all M elements
-             icr_d_loss   L = 1/2 mean (s_r - 1)^2 + 1/2 mean s_f^2          s_r = D(x), s_f = D(G(z))
-                            + l_r mean (s_r - s_tr)^2 + l_f mean (s_f - s_tf)^2   D(T(x)), D(T(G(z)))
-                            + l_d mean (s_f - s_n)^2                         s_n = D(G(z + sigma n))
+             icr_d_loss   L = 1/2 mean (s_r - 1)^2 + 1/2 mean s_f^2      s_r, s_f = D(x), D(G(z))
+                            + l_r mean (s_r - s_tr)^2                    s_tr = D(T(x))
+                            + l_f mean (s_f - s_tf)^2                    s_tf = D(T(G(z)))
+                            + l_d mean (s_f - s_n)^2                     s_n = D(G(z + sigma n))
 Derivative   consistency  dL/da = u 2 w (a - b) / M = -dL/db,  u the upstream gradient
              icr_d_loss   dL/ds_r = u (s_r - 1 + 2 l_r (s_r - s_tr)) / N
                           dL/ds_f = u (s_f + 2 l_f (s_f - s_tf) + 2 l_d (s_f - s_n)) / N
@@ -113,8 +114,9 @@ if triton is not None:
             tl.store(db_ptr + begin + cols, (-d).to(db_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _icr(d_ptr, loss_ptr, terms_ptr, l_real, l_fake, l_dis, N, REAL: tl.constexpr,
-             FAKE: tl.constexpr, DIS: tl.constexpr, TRIPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    def _icr(d_ptr, loss_ptr, terms_ptr, l_real, l_fake, l_dis, N,
+             REAL: tl.constexpr, FAKE: tl.constexpr, DIS: tl.constexpr,
+             TRIPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         fake_ptr = d_ptr + N  # rows are walked by pointer: a product row * N may pass 2**31
         t_real_ptr = fake_ptr + N
         t_fake_ptr = t_real_ptr + N * REAL
@@ -266,7 +268,9 @@ if triton is not None:
     _consistency_backward_op = triton_op(
         "kernels::consistency_backward", _consistency_backward_impl, mutates_args={}
     )
-    _icr_backward_op = triton_op("kernels::icr_d_loss_backward", _icr_backward_impl, mutates_args={})
+    _icr_backward_op = triton_op(
+        "kernels::icr_d_loss_backward", _icr_backward_impl, mutates_args={}
+    )
 
     def _save(ctx, inputs, output):
         a, b, ctx.weight = inputs

@@ -13,7 +13,7 @@ Bytes        E = bytes of one [N, ...] tensor, terms of size N left out, one pas
              so 2.3 x is the most that a bandwidth-bound device gains; a bf16 gradient that eager
              code copies to float32 first costs 20 E there and 3 E here. 12 launches become 3.
 Precision    float32 sums and norms for float32, bfloat16 and float16; L is float32, dL/dg and x
-             have the dtype of their inputs. Squares under 1e-45 vanish: a row of 1e-23 is a zero row.
+             have the dtype of their inputs. Squares under 1e-45 vanish: a row of 1e-23 counts as 0.
 Derivatives  first only: g comes from autograd.grad(..., create_graph=True), which holds the second
              order of the critic. Differentiating dL/dg again raises.
 """
@@ -219,7 +219,8 @@ if triton is not None:
 
 def interpolate(x_real, x_fake, eps):
     """eps x_real + (1 - eps) x_fake, detached. Images [N, ...] of one dtype, eps [N] in [0, 1]."""
-    if x_real.shape != x_fake.shape or x_real.dtype != x_fake.dtype or eps.shape != x_real.shape[:1]:
+    alike = x_real.shape == x_fake.shape and x_real.dtype == x_fake.dtype
+    if not alike or eps.shape != x_real.shape[:1]:
         raise ValueError(
             f"need two equal [N, ...] and eps [N], got {x_real.dtype} {tuple(x_real.shape)}, "
             f"{x_fake.dtype} {tuple(x_fake.shape)} and {tuple(eps.shape)}"
