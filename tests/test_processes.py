@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +134,28 @@ def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
     done = torchrun("-m", "tests.process_helpers", tmp_path, "death")
     assert done.returncode != 0 and time.monotonic() - began < TIMEOUT
     assert "SIGKILL" in done.stderr or "exitcode  : -9" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_once(signum, tmp_path):
+    """torchrun passes it on to all; from a terminal Ctrl-C reaches them a second time, by itself."""
+    line = flags(TINY | {"out_dir": tmp_path, "cache_dir": CACHE, "log_every": 2, "steps": 10**6, "eval_every": 0})
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    process = subprocess.Popen([*TORCHRUN, "lsgan.py", *line], cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + TIMEOUT
+    while not any(p.read_text().count("\n") > 4 for p in tmp_path.glob("*/log.csv")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    _, err = process.communicate(timeout=TIMEOUT)
+    (folder,) = tmp_path.iterdir()
+    assert process.returncode != 0 and err.count(f"--resume {folder}") == 1, err[-3000:]
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["step"] >= 8 and len(saved["ranks"]) == 2
 
 
 def test_a_batch_that_cannot_be_shared_is_bad_input(monkeypatch):
