@@ -15,6 +15,19 @@ COMMANDS = [shlex.split(line) for line in LINES if line.startswith("python ")]
 MODULES = {"common.sample": sample._command, "common.report": report._command, "common.evaluate": evaluate._command}
 
 
+TORCHRUN = [shlex.split(line) for line in LINES if line.startswith("torchrun ")]
+
+
+@pytest.mark.parametrize("words", TORCHRUN, ids=" ".join)
+def test_commands_for_several_processes_are_parsed(words):
+    from torch.distributed.run import get_args_parser
+
+    launch = get_args_parser().parse_args(words[1:])
+    name = launch.training_script.removesuffix(".py")
+    args = run.parse(script(name).Args, launch.training_script_args)
+    assert args.batch_size % (int(launch.nnodes.split(":")[-1]) * int(launch.nproc_per_node)) == 0
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder of icr_gan, to stand for RUN."""
@@ -38,6 +51,8 @@ def test_commands_run(words, trained, tmp_path, monkeypatch):
         elif module in MODULES:
             small = ["--n", "64", "--cache-dir", str(ROOT / "data" / "cache")] if module == "common.evaluate" else []
             MODULES[module]([*rest, *small])
+        elif module == "timeit":
+            exec(rest[rest.index("-s") + 1] + "\n" + rest[-1], {})
         else:
             assert (ROOT / (module.replace(".", "/") + ".py")).exists()
         return
