@@ -30,7 +30,7 @@ import torch
 from common import gpu, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("lsgan", "icr_gan")  # those that `load` may import by the name in a run folder
+SCRIPTS = ("lsgan", "cn_lsgan", "icr_gan", "wgan_gp")  # those that `load` may import by the name in a run folder
 ANEW = ("steps", "max_minutes", "log_every", "sample_every", "eval_every", "device", "threads", "quiet")
 EARLY_GRID = 100  # an extra grid, so that the first picture comes within seconds
 

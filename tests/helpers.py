@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("lsgan", "icr_gan")
+SCRIPTS = ("lsgan", "cn_lsgan", "icr_gan", "wgan_gp")
 TINY = {"steps": 2, "batch_size": 8, "width": 4, "z_dim": 8, "eval_samples": 64, "device": "cpu", "precision": "fp32", "quiet": True}
 
 
@@ -58,3 +59,82 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different, different
+
+
+class Recorder:
+    """Stands for the functions of a script that have kernels, and notes what they were called with."""
+
+    def __init__(self, name):
+        self.script, self.calls = script(name), []
+
+    def __getattr__(self, name):
+        def call(*a):
+            self.calls.append((name, a))
+            return getattr(self.script, name)(*a)
+
+        return call
+
+
+class TinyGenerator(nn.Module):
+    """z [N, 2] -> images [N, 1, 2, 2] in float64, smooth; 12 weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(2, 4).double()
+
+    def forward(self, z):
+        return self.body(z.double()).tanh().view(-1, 1, 2, 2)
+
+
+class TinyCritic(nn.Module):
+    """Images [N, 1, 2, 2] -> scores [N] in float64, smooth; 19 weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+    def forward(self, x):
+        return self.body(x).squeeze(1)
+
+
+def still_losses(name, real, nets=None, **changes):
+    """(nets, losses): losses["discriminator"]() and losses["generator"]() make an update in float64,
+
+    which leaves gradients and returns the loss, but at rate 0 no trace in the weights. Each draws
+    the same random numbers every time. real: float64; nets: small ones in place of the script's.
+    """
+    m = script(name)
+    args = tiny(name, channels=real.shape[1], **changes)
+    torch.manual_seed(0)
+    if nets is None:
+        nets = {key: net.double() for key, net in m.build(args).items()}
+        nets["generator"].register_forward_pre_hook(lambda net, z: (z[0].double(),))
+    update_d, update_g, state = m.updates(nets, args)
+    for key in ("opt_g", "opt_d"):
+        state[key].param_groups[0]["lr"].fill_(0.0)
+
+    def loss_d():
+        torch.manual_seed(1)
+        return update_d(real)["loss_d"]
+
+    def loss_g():
+        torch.manual_seed(2)
+        return update_g()["loss_g"]
+
+    loss_d()
+    return nets, {"discriminator": loss_d, "generator": loss_g}
+
+
+def central_difference(loss, weights, directions, h):
+    """Derivative of loss() along directions, one tensor for each of the weights, which come back."""
+    values = []
+    before = [w.detach().clone() for w in weights]
+    for sign in (h, -h):
+        with torch.no_grad():
+            for w, b, v in zip(weights, before, directions):
+                w.copy_(b + sign * v)
+        values.append(loss())
+    with torch.no_grad():
+        for w, b in zip(weights, before):
+            w.copy_(b)
+    return (values[0] - values[1]) / (2 * h)

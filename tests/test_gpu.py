@@ -108,8 +108,8 @@ def test_updates_of_the_real_run_wait_for_nothing_and_keep_their_tensors(name, c
     made = {}
     updates = m.updates
 
-    def remembered(nets, args):
-        found = updates(nets, args)
+    def remembered(nets, args, *ops):
+        found = updates(nets, args, *ops)
         made.update(nets=nets, state=found[2])
         return found
 

@@ -5,7 +5,7 @@ from torch import nn
 
 import icr_gan
 from icr_gan import augment, consistency, icr_d_loss
-from tests.helpers import assert_same, states, tiny, trained
+from tests.helpers import Recorder, assert_same, states, tiny, trained
 
 OFF = {"lambda_real": 0.0, "lambda_fake": 0.0, "lambda_dis": 0.0, "lambda_gen": 0.0}
 
@@ -140,25 +140,11 @@ def test_shift_follows_the_image_size_and_stays_below_it():
 # ---- the update
 
 
-class Recorder:
-    """Stands for the functions with kernels, and notes what they were called with."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        def call(*a):
-            self.calls.append((name, a))
-            return getattr(icr_gan, name)(*a)
-
-        return call
-
-
 def recorded(**changes):
     """(nets, calls) of one update of each network."""
     torch.manual_seed(0)
     args = tiny("icr_gan", **changes)
-    nets, ops = icr_gan.build(args), Recorder()
+    nets, ops = icr_gan.build(args), Recorder("icr_gan")
     update_d, update_g, _ = icr_gan.updates(nets, args, ops)
     update_d(torch.rand(8, 1, 32, 32))
     update_g()
