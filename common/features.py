@@ -6,15 +6,15 @@ Images come as uint8, real and generated alike, so that a number does not change
 saved as PNG. lenet is for grey images and cifarnet for colour; both see 32 x 32 pixels and have
 d = 128. Each is a classifier whose last hidden layer is taken before its ReLU: that is nearer to
 the Gaussian that the Frechet distance fits, and no unit is silent. A BatchNorm without scale and
-shift stands there, so every feature has mean 0 and variance 1 over the training images and none
-drowns the others. No label smoothing in training, which would pull each class to a point and leave
+shift stands there, so every feature has mean 0 and variance 1 over the images of its training and
+none drowns the others. No label smoothing in training, which would pull each class to a point and leave
 recall nothing to see.
 
-    lenet      99.60 % of MNIST's test images, 99.92 % of held-out digits; 10,000 images in 1 s
-    cifarnet   90.61 % of CIFAR-10's test images; 10,000 images in 6 s
+    lenet      99.60 % of MNIST's test images, 99.92 % of held-out digits; 10,000 images in 1 to 2 s
+    cifarnet   90.61 % of CIFAR-10's test images; 10,000 images in 6 to 10 s
 
-Accuracies are those of the stored weights; seconds are of one idle thread of an x86 CPU. How they
-were trained stands in common/weights/train_lenet.py and train_cifarnet.py; seed 0, 2026-11-25.
+Accuracies are those of the stored weights; seconds, of one thread of an x86 CPU, idle to busy. How
+they were trained stands in common/weights/train_lenet.py and train_cifarnet.py.
 """
 import functools
 import hashlib

@@ -189,7 +189,7 @@ def test_a_fine_pattern_is_averaged_and_not_sampled(name, channels):
     lines = lines.expand(1, channels, 160, 160)
     grey = torch.full((1, channels, 32, 32), 51, dtype=torch.uint8)
     found = features.extract(torch.cat([lines, lines.mT]), name)
-    torch.testing.assert_close(found, features.extract(grey, name).expand(2, -1), rtol=0, atol=0.01)
+    torch.testing.assert_close(found, features.extract(grey, name).expand(2, -1), rtol=0, atol=0.1)
 
 
 def test_enlarged_digits_keep_their_class(digits):

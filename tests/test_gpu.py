@@ -116,10 +116,13 @@ def test_updates_of_the_real_run_wait_for_nothing_and_keep_their_tensors(name, c
     monkeypatch.setattr(gpu, "Update", Watched)
     monkeypatch.setattr(m, "updates", remembered)
     cache = str(ROOT / "data" / "cache")
-    m.main(tiny(name, **{"steps": 4, "out_dir": str(tmp_path), "cache_dir": cache} | changes))
-    assert watched == ["update_d", "update_g"] * 3
-    first = places[1][1:]  # by then every state has been made
-    assert len(first) > 40 and all(p[1:] == first for p in places[1:])
+    args = tiny(name, **{"steps": 4, "out_dir": str(tmp_path), "cache_dir": cache} | changes)
+    m.main(args)
+    order = (["update_d"] * args.n_critic + ["update_g"]) * 4
+    order.remove("update_d"), order.remove("update_g")  # the first of each, which are not watched
+    assert watched == order
+    made_all = places[args.n_critic :]  # by then every state has been made
+    assert len(made_all[0]) > 40 and all(p[1:] == made_all[0][1:] for p in made_all)
 
 
 def addresses(made):
