@@ -6,12 +6,12 @@ Losses   L_D = E[(D(x) - 1)^2] + E[D(G(z))^2] + lambda_gp E[(|grad D(y)| - gp_ta
          L_G = E[(D(G(z)) - 1)^2] + lambda_rec E[mean over pixels of (G(z) - x)^2]
          y = e x + (1 - e) G(z), one e ~ U(0, 1) per sample; |.| over all pixels of a sample.
          Without halves: beside lsgan.py's losses each weight here counts half.
-Constraint  x is drawn independently of z, so with m = E[x] and d pixels the second expectation is
+Effect   x is drawn independently of z, so with m = E[x] and d pixels the constraint expects
          (|E[G(z)] - m|^2 + tr Cov G(z) + tr Cov x) / d: it draws the mean image to that of the data,
-         punishes the variance of G, and is least where every z gives m. It was meant against
-         collapse and rewards it; a small weight is needed for G to keep its variance.
-Penalty  Targets 0 and 1 ask for a slope of 1 / |x - G(z)| between the two, about 0.05 for 32 x 32
-         digits, and gp_target 1 for twenty times that. --gp-target 0 asks for a smooth D only.
+         punishes the variance of G, and is least where every z gives m. It is meant against
+         collapse and rewards it: the larger lambda_rec, the less varied and the greyer the samples.
+         Targets 0 and 1 ask for a slope of 1 / |x - G(z)| between the two, about 0.05 for digits
+         of 32 x 32; gp_target 1 asks for twenty times that, gp_target 0 for a smooth D alone.
 Differs  1. The course gives no weights; 2. D has no normalisation beside the penalty;
          3. otherwise as lsgan.py.
 Reached  nothing measured yet.

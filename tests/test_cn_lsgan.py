@@ -6,7 +6,8 @@ from torch import nn
 import cn_lsgan
 import lsgan
 from cn_lsgan import discriminator_loss, generator_loss, gradient_penalty, interpolate, reconstruction_constraint
-from tests.helpers import Recorder, TinyCritic, TinyGenerator, assert_same, central_difference, states, still_losses, tiny, trained
+from common import run
+from tests.helpers import ROOT, Recorder, TinyCritic, TinyGenerator, assert_same, central_difference, states, still_losses, tiny, trained
 
 OFF = {"lambda_gp": 0.0, "lambda_rec": 0.0}
 
@@ -86,6 +87,14 @@ def test_penalty_is_a_mean_over_the_batch_and_a_norm_over_all_pixels():
     want = torch.stack([(row.square().sum().sqrt() - 1).square() for row in g]).mean()
     torch.testing.assert_close(gradient_penalty(g), want)
     torch.testing.assert_close(gradient_penalty(torch.cat([g, g])), want)
+
+
+def test_penalty_of_bf16_gradients_is_taken_in_float32():
+    grad = torch.randn(8, 1, 32, 32).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gradient_penalty(grad)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, gradient_penalty(grad.float()))
 
 
 # ---- the constraint
@@ -171,6 +180,17 @@ def test_score_and_slope_of_an_image_do_not_depend_on_the_others(image_size, cha
     y = torch.cat([x[:1], 5 * torch.randn_like(x[1:])])
     for a, b in zip(of_first(x), of_first(y)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_scores_are_unbounded_and_float32_under_autocast():
+    d = cn_lsgan.Discriminator(1, 32, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = d(torch.randn(64, 1, 32, 32))
+    assert scores.dtype == torch.float32
+    assert len(scores.unique()) > 48  # a bf16 head would leave few different values
+    with torch.no_grad():
+        d.head.bias.fill_(3.0)
+        assert d(torch.zeros(1, 1, 32, 32)).item() > 1
 
 
 # ---- the update
@@ -324,3 +344,16 @@ def test_derivatives_of_the_scripts_networks_agree_with_differences(key, image_s
 def test_bad_values_are_named(key, value):
     with pytest.raises(ValueError, match=key):
         cn_lsgan.Args(**{key: value})
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    short = {"lr_decay": 0.0, "subset": 64, "out_dir": str(tmp_path), "cache_dir": str(ROOT / "data" / "cache")}
+    whole = cn_lsgan.main(tiny("cn_lsgan", steps=4, **short))
+    part = cn_lsgan.main(tiny("cn_lsgan", steps=2, **short))
+    cn_lsgan.main(run.resume(part, steps=4, quiet=True))
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part))
+    for net in a["nets"]:
+        assert_same(a["nets"][net], b["nets"][net])
+    for key in ("opt_g", "opt_d"):
+        for x, y in zip(a["state"][key]["state"].values(), b["state"][key]["state"].values()):
+            assert_same(x, y)
