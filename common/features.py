@@ -7,8 +7,8 @@ saved as PNG. lenet is for grey images and cifarnet for colour; both see 32 x 32
 d = 128. Each is a classifier whose last hidden layer is taken before its ReLU: that is nearer to
 the Gaussian that the Frechet distance fits, and no unit is silent. A BatchNorm without scale and
 shift stands there, so every feature has mean 0 and variance 1 over the images of its training and
-none drowns the others. No label smoothing in training, which would pull each class to a point and leave
-recall nothing to see.
+none drowns the others. No label smoothing in training, which would pull each class to a point and
+leave recall nothing to see.
 
     lenet      99.60 % of MNIST's test images, 99.92 % of held-out digits; 10,000 images in 1 to 2 s
     cifarnet   90.61 % of CIFAR-10's test images; 10,000 images in 6 to 10 s

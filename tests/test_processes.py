@@ -130,9 +130,8 @@ def test_torchrun_of_the_script_leaves_one_run_folder(tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
-    began = time.monotonic()
-    done = torchrun("-m", "tests.process_helpers", tmp_path, "death")
-    assert done.returncode != 0 and time.monotonic() - began < TIMEOUT
+    done = torchrun("-m", "tests.process_helpers", tmp_path, "death")  # a hang runs into its time limit
+    assert done.returncode != 0
     assert "SIGKILL" in done.stderr or "exitcode  : -9" in done.stderr
 
 
