@@ -2,6 +2,7 @@
 
     python -m common.evaluate --real mnist --fake runs/icr_gan-mnist-20261123-014500-s0
     python -m common.evaluate --real photos/train --fake photos/generated --json scores.json
+    python -m common.evaluate --real mnist --floor    # real held-out images: no generator does better
 
 Both sides are quantised to uint8 before features are taken, so a number does not change when samples
 are saved as PNG. The Frechet distance compares with the whole training split; precision, recall,
@@ -90,7 +91,8 @@ def _command(argv=None):
 
     p = run.Parser(prog="python -m common.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--real", required=True, help="digits, mnist, fashion, cifar10 or a folder of images")
-    p.add_argument("--fake", required=True, help="a folder of images, or a run folder, which is sampled from")
+    p.add_argument("--fake", help="a folder of images, or a run folder, which is sampled from")
+    p.add_argument("--floor", action="store_true", help="in place of --fake: the held-out split of the real set")
     p.add_argument("--n", type=int, default=10000, help="generated images; of a folder at most what it holds [10000]")
     p.add_argument("--image-size", type=int, default=None, help="both sides are brought to it [the run's, or 32]")
     p.add_argument("--channels", type=int, default=0, choices=(0, 1, 3), help="0 = as the real images [0]")
@@ -103,8 +105,10 @@ def _command(argv=None):
     a = p.parse_args(argv)
     if a.n < 6:
         raise ValueError(f"--n must be at least 6, got {a.n}")
+    if (a.fake is None) != a.floor:
+        raise ValueError("give either --fake, a folder of images or a run, or --floor")
     device = run.device_of(a)
-    trained = (Path(a.fake) / "args.json").exists()
+    trained = not a.floor and (Path(a.fake) / "args.json").exists()
     if trained:
         nets, args, script = run.load(a.fake, a.device)
         a.image_size = a.image_size or args.image_size
@@ -118,6 +122,10 @@ def _command(argv=None):
         z = torch.Generator().manual_seed(a.seed)
         name = features.resolve(a.features, real.channels)
         found = features_of(lambda n: script.sample(nets, args, script.latents(n, args, z)), a.n, name, device)
+    elif a.floor:
+        if real.test is None:
+            raise ValueError(f"{a.real} has no held-out split to take the floor from")
+        found = features.extract(real.test.images[: a.n], features.resolve(a.features, real.channels), device)
     else:
         fake = data.load_images(a.fake, a.data_dir, a.image_size or 32, real.channels, a.cache_dir).images[: a.n]
         found = features.extract(fake, features.resolve(a.features, real.channels), device)
@@ -125,7 +133,7 @@ def _command(argv=None):
     terminal.close()
     print(lines(row))
     if a.json:
-        row |= {"real": a.real, "fake": a.fake, "split": "train", "real_images": len(real.images)}
+        row |= {"real": a.real, "fake": a.fake or "held-out split", "split": "train", "real_images": len(real.images)}
         Path(a.json).write_text(json.dumps(row, indent=2) + "\n")
 
 

@@ -271,6 +271,7 @@ def test_colour_images_are_moved_and_mirrored_as_one():
     rows, steps = inner[:, 1, :, 0], inner[:, 0, 0].diff(dim=1)
     assert (rows.diff(dim=1) == 1).all()
     assert torch.equal(y[:, 0], y[:, 2])
+    assert (y[:, 0].diff(dim=2).abs() == 1).all()  # reflected beyond the border, not one colour
     assert (steps == steps[:, :1]).all() and (steps.abs() == 1).all()
     assert 60 < (steps[:, 0] == -1).sum() < 140
     down = rows[:, 0] - shift

@@ -142,5 +142,16 @@ def test_evaluate_scores_a_run_and_a_folder_alike(runs, tmp_path, capsys):
         assert a[key] == pytest.approx(b[key], rel=1e-6, abs=1e-9)  # saving as PNG changes nothing
 
 
+def test_the_floor_is_that_of_the_held_out_split(runs, tmp_path, capsys):
+    common = ["--real", "digits", "--cache-dir", CACHE, "--n", "300"]
+    evaluate._command([*common, "--floor", "--json", str(tmp_path / "floor.json")])
+    floor = json.loads((tmp_path / "floor.json").read_text())
+    assert floor["n"] == 300 and floor["precision"] > 0.7 and floor["recall"] > 0.7 and floor["fid"] < 2
+    for words in ([], ["--floor", "--fake", str(runs[0])]):
+        with pytest.raises(ValueError, match="either --fake"):
+            evaluate._command([*common, *words])
+    capsys.readouterr()
+
+
 def test_only_inception_gives_a_plain_fid():
     assert evaluate.fid_label("inception") == "FID" and evaluate.fid_label("lenet") == "FID (lenet)"
