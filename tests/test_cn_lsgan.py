@@ -89,6 +89,14 @@ def test_penalty_is_a_mean_over_the_batch_and_a_norm_over_all_pixels():
     torch.testing.assert_close(gradient_penalty(torch.cat([g, g])), want)
 
 
+def test_interpolate_goes_from_fake_to_real_and_holds_no_graph():
+    real, fake = torch.randn(2, 3, 2, 4, 4)
+    fake.requires_grad_()
+    y = interpolate(real, fake, torch.tensor([0.0, 1.0, 0.25]))
+    assert not y.requires_grad
+    torch.testing.assert_close(y, torch.stack([fake[0], real[1], 0.25 * real[2] + 0.75 * fake[2]]).detach())
+
+
 def test_penalty_of_bf16_gradients_is_taken_in_float32():
     grad = torch.randn(8, 1, 32, 32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
