@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import data, gpu, run, terminal
 
 SIZES = {"default": {}, "cifar10": {"channels": 3, "width": 64, "dataset": "cifar10"}}
-LOOPS = ("lsgan", "icr_gan")  # scripts with a straightforward loop to compare with
+LOOPS = ("lsgan", "cn_lsgan", "icr_gan", "wgan_gp")  # scripts with a straightforward loop to compare with
 VARIANTS = {  # name: what it adds to the eager float32 step
     "loop": {},
     "eager": {},
@@ -77,13 +77,14 @@ class Folder(torch.utils.data.Dataset):
 
 
 def loop(m, args, pixels, device):
-    """The nets and losses of lsgan or icr_gan, trained the straightforward way."""
+    """The nets and losses of a script of LOOPS, trained the straightforward way."""
     nets = m.build(args)
     g, d = nets["generator"], nets["discriminator"]
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr=args.lr, betas=(args.beta1, args.beta2)) for net in (g, d))
     loader = torch.utils.data.DataLoader(Folder(pixels, args.image_size), batch_size=args.batch_size, shuffle=True, drop_last=True)
-    weights = {k: getattr(args, f"lambda_{k}", 0) for k in ("real", "fake", "dis", "gen")}
-    sigma = getattr(args, "sigma", 0)
+    weights = {k: getattr(args, f"lambda_{k}", 0) for k in ("real", "fake", "dis", "gen", "gp", "rec")}
+    sigma, target = getattr(args, "sigma", 0), getattr(args, "gp_target", 1)
+    adversarial = m.critic_loss if hasattr(m, "critic_loss") else m.discriminator_loss
 
     def forever():
         while True:
@@ -95,31 +96,52 @@ def loop(m, args, pixels, device):
     def near(z):
         return g(z + sigma * torch.randn(z.shape, device=device))
 
+    def penalty(real, fake):
+        eps = torch.rand(len(real), 1, 1, 1, device=device)
+        x = (eps * real + (1 - eps) * fake).requires_grad_(True)
+        scores = d(x)
+        grad = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True, retain_graph=True)[0]
+        return ((grad.flatten(1).norm(2, dim=1) - target) ** 2).mean()
+
     batches = forever()
 
-    def once():
-        real = next(batches).to(device)
-        z = torch.randn(len(real), args.z_dim, device=device)
-        fake = g(z)
+    def step_g(real, z, fake):
         opt_g.zero_grad()
-        loss_g = m.generator_loss(d(fake))
+        loss = m.generator_loss(d(fake))
         if weights["gen"]:
-            loss_g = loss_g - weights["gen"] * ((fake - near(z)) ** 2).mean()
-        loss_g.backward()
+            loss = loss - weights["gen"] * ((fake - near(z)) ** 2).mean()
+        if weights["rec"]:
+            loss = loss + weights["rec"] * ((fake - real) ** 2).mean()
+        loss.backward()
         opt_g.step()
+        return f"[G loss: {loss.item():f}]"
+
+    def step_d(real, z, fake):
         opt_d.zero_grad()
-        fake = fake.detach()
         d_real, d_fake = d(real), d(fake)
-        loss_d = m.discriminator_loss(d_real, d_fake)
+        loss = adversarial(d_real, d_fake)
         if weights["real"]:
-            loss_d = loss_d + weights["real"] * ((d_real - d(moved(real))) ** 2).mean()
+            loss = loss + weights["real"] * ((d_real - d(moved(real))) ** 2).mean()
         if weights["fake"]:
-            loss_d = loss_d + weights["fake"] * ((d_fake - d(moved(fake))) ** 2).mean()
+            loss = loss + weights["fake"] * ((d_fake - d(moved(fake))) ** 2).mean()
         if weights["dis"]:
-            loss_d = loss_d + weights["dis"] * ((d_fake - d(near(z).detach())) ** 2).mean()
-        loss_d.backward()
+            loss = loss + weights["dis"] * ((d_fake - d(near(z).detach())) ** 2).mean()
+        if weights["gp"]:
+            loss = loss + weights["gp"] * penalty(real, fake)
+        loss.backward()
         opt_d.step()
-        return f"[D loss: {loss_d.item():f}] [G loss: {loss_g.item():f}]"
+        return f"[D loss: {loss.item():f}]"
+
+    def once():
+        said = []
+        for i in range(args.n_critic):
+            real = next(batches).to(device)
+            z = torch.randn(len(real), args.z_dim, device=device)
+            fake = g(z)
+            if i == 0:
+                said.append(step_g(real, z, fake))
+            said.append(step_d(real, z, fake.detach()))
+        return " ".join(said)
 
     return once, {"generator": g, "discriminator": d}  # such loops keep no average of G
 
