@@ -6,7 +6,8 @@
 
 Both sides are quantised to uint8 before features are taken, so a number does not change when samples
 are saved as PNG. The Frechet distance compares with the whole training split; precision, recall,
-density and coverage with as many real images as generated ones, drawn with a fixed seed.
+density and coverage with as many real images as generated ones, drawn with a fixed seed. The variance
+per pixel needs no features: a generator that shows less variety than its data has less of it.
 """
 import argparse
 import json
@@ -74,6 +75,26 @@ def score(fake, real):
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
 
+class PixelVariance:
+    """Mean over pixels of the variance over images, of uint8 [N, C, H, W] in parts, on the scale of [-1, 1]."""
+
+    def __init__(self):
+        self.n, self.sum, self.squares = 0, 0.0, 0.0
+
+    def update(self, images):
+        for part in images.split(CHUNK):
+            x = data.to_float(part).double()
+            self.n += len(x)
+            self.sum = self.sum + x.sum(0)
+            self.squares = self.squares + x.square().sum(0)
+        return self
+
+    @property
+    def value(self):
+        mean = self.sum / self.n
+        return (self.squares / self.n - mean.square()).mean().item()
+
+
 def fid_label(feature_name):
     """FID is that of Inception features alone; any other network is named beside it."""
     return "FID" if feature_name == "inception" else f"FID ({feature_name})"
@@ -107,7 +128,7 @@ def _command(argv=None):
         raise ValueError(f"--n must be at least 6, got {a.n}")
     if (a.fake is None) != a.floor:
         raise ValueError("give either --fake, a folder of images or a run, or --floor")
-    device = run.device_of(a)
+    device, spread = run.device_of(a), PixelVariance()
     trained = not a.floor and (Path(a.fake) / "args.json").exists()
     if trained:
         nets, args, script = run.load(a.fake, a.device)
@@ -121,17 +142,24 @@ def _command(argv=None):
             )
         z = torch.Generator().manual_seed(a.seed)
         name = features.resolve(a.features, real.channels)
-        found = features_of(lambda n: script.sample(nets, args, script.latents(n, args, z)), a.n, name, device)
-    elif a.floor:
-        if real.test is None:
-            raise ValueError(f"{a.real} has no held-out split to take the floor from")
-        found = features.extract(real.test.images[: a.n], features.resolve(a.features, real.channels), device)
+
+        def drawn(n):
+            images = script.sample(nets, args, script.latents(n, args, z))
+            spread.update(data.to_uint8(images).cpu())
+            return images
+
+        found = features_of(drawn, a.n, name, device)
     else:
-        fake = data.load_images(a.fake, a.data_dir, a.image_size or 32, real.channels, a.cache_dir).images[: a.n]
+        if a.floor and real.test is None:
+            raise ValueError(f"{a.real} has no held-out split to take the floor from")
+        source = real.test if a.floor else data.load_images(a.fake, a.data_dir, a.image_size or 32, real.channels, a.cache_dir)
+        fake = source.images[: a.n]
+        spread.update(fake)
         found = features.extract(fake, features.resolve(a.features, real.channels), device)
     row = score(found, reference(real, a.features, len(found), a.cache_dir, device))
     terminal.close()
-    print(lines(row))
+    row |= {"pixel_variance": round(spread.value, 6), "pixel_variance_real": round(PixelVariance().update(real.images).value, 6)}
+    print(f"{lines(row)}\nvariance per pixel {row['pixel_variance']:.3f}, of the real images {row['pixel_variance_real']:.3f}")
     if a.json:
         row |= {"real": a.real, "fake": a.fake or "held-out split", "split": "train", "real_images": len(real.images)}
         Path(a.json).write_text(json.dumps(row, indent=2) + "\n")

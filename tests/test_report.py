@@ -138,14 +138,28 @@ def test_evaluate_scores_a_run_and_a_folder_alike(runs, tmp_path, capsys):
     evaluate._command([*common, "--fake", str(tmp_path / "fake"), "--json", str(tmp_path / "folder.json")])
     a, b = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("run", "folder"))
     assert a["n"] == b["n"] == 80 and "FID (lenet)" in capsys.readouterr().out
-    for key in ("fid", "precision", "recall", "density", "coverage"):
+    for key in ("fid", "precision", "recall", "density", "coverage", "pixel_variance", "pixel_variance_real"):
         assert a[key] == pytest.approx(b[key], rel=1e-6, abs=1e-9)  # saving as PNG changes nothing
+
+
+def test_variance_per_pixel_equals_that_of_float64_and_needs_no_whole_set():
+    """Against torch.var on the pixels; 0 for equal images; 1 where half are black and half white."""
+    images = torch.randint(0, 256, (1234, 3, 4, 5), dtype=torch.uint8)
+    whole = evaluate.PixelVariance().update(images)
+    want = (images.double() / 127.5 - 1).var(0, correction=0).mean().item()
+    assert whole.n == 1234 and whole.value == pytest.approx(want, rel=1e-6)
+    parts = evaluate.PixelVariance().update(images[:700]).update(images[700:])
+    assert parts.value == pytest.approx(whole.value, rel=1e-12)
+    assert evaluate.PixelVariance().update(images[:1].expand(9, -1, -1, -1)).value == pytest.approx(0, abs=1e-12)
+    halves = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(5, 1, 2, 2)
+    assert evaluate.PixelVariance().update(halves).value == pytest.approx(1)
 
 
 def test_the_floor_is_that_of_the_held_out_split(runs, tmp_path, capsys):
     common = ["--real", "digits", "--cache-dir", CACHE, "--n", "300"]
     evaluate._command([*common, "--floor", "--json", str(tmp_path / "floor.json")])
     floor = json.loads((tmp_path / "floor.json").read_text())
+    assert floor["pixel_variance"] == pytest.approx(floor["pixel_variance_real"], rel=0.1) and floor["pixel_variance"] > 0.1
     assert floor["n"] == 300 and floor["precision"] > 0.7 and floor["recall"] > 0.7 and floor["fid"] < 2
     for words in ([], ["--floor", "--fake", str(runs[0])]):
         with pytest.raises(ValueError, match="either --fake"):
