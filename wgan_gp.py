@@ -40,13 +40,13 @@ class Args:
     clip: float = 0.0  # largest weight of D, cut after each of its updates; 0 = no cut
     # networks
     z_dim: int = 64  # length of the latent vector
-    width: int = 16  # channels at the widest resolution; deeper layers double
+    width: int = 8  # channels at the widest resolution; deeper layers double
     # optimisation
-    steps: int | None = None  # generator updates [1500, or no limit with --max-minutes]
+    steps: int | None = None  # generator updates [2000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
     batch_size: int = 64  # images per update
     n_critic: int = 5  # critic updates per generator update
-    lr: float | None = None  # Adam step size, both networks [1e-3, or RMSprop's 5e-5 with --clip]
+    lr: float | None = None  # Adam step size, both networks [2e-3, or RMSprop's 5e-5 with --clip]
     lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.9  # Adam decay of the second moment
@@ -69,9 +69,9 @@ class Args:
 
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None:
-            self.steps = 1500
+            self.steps = 2000
         if self.lr is None:
-            self.lr = 5e-5 if self.clip else 1e-3
+            self.lr = 5e-5 if self.clip else 2e-3
         if self.lambda_gp is None:
             self.lambda_gp = 0.0 if self.clip else 10.0
         for names, ok, wanted in (
