@@ -29,7 +29,7 @@ SHARED = (  # names that mean the same wherever they stand; losses belong to the
 )
 # where a method wants another network or default, and only there
 OTHER_CODE = {("cn_lsgan", "Discriminator"), ("wgan_gp", "build")}
-OTHER_LINES = {"wgan_gp": {"steps", "n_critic", "lr", "beta2", "lambda_gp"}}
+OTHER_LINES = {"wgan_gp": {"steps", "n_critic", "lr", "beta2", "lambda_gp", "width"}}
 
 
 def source(name):
@@ -251,7 +251,7 @@ def test_help_shows_every_argument_with_its_default(name):
     text = " ".join(done.stdout.split())
     for field in dataclasses.fields(script(name).Args):
         assert f"--{field.name.replace('_', '-')} " in text
-    assert "both networks [0.002]" in text or "both networks [1e-3, or RMSprop's 5e-5 with --clip]" in text
+    assert "both networks [0.002]" in text or "both networks [2e-3, or RMSprop's 5e-5 with --clip]" in text
     assert script(name).__doc__.split("\n")[0] in text
 
 
