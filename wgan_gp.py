@@ -89,7 +89,7 @@ class Args:
                 if value is not None and not (math.isfinite(value) and ok(value)):
                     raise ValueError(f"{name} must be {wanted}, got {value}")
         if self.clip and self.lambda_gp:
-            raise ValueError(f"clip {self.clip} holds slopes far below the 1 that lambda_gp {self.lambda_gp} asks for: give one of the two")
+            raise ValueError(f"clip {self.clip} and lambda_gp {self.lambda_gp} each bound the slope of D in their own way: give one of the two")
 
 
 # ---- networks ------------------------------------------------------------------------------

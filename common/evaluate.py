@@ -6,8 +6,9 @@
 
 Both sides are quantised to uint8 before features are taken, so a number does not change when samples
 are saved as PNG. The Frechet distance compares with the whole training split; precision, recall,
-density and coverage with as many real images as generated ones, drawn with a fixed seed. The variance
-per pixel needs no features: a generator that shows less variety than its data has less of it.
+density and coverage with as many real images as generated ones, drawn with a fixed seed; of a
+folder with more than n images, n are drawn in the same way. The variance per pixel tells whether samples
+are drawn towards the mean image; a collapse onto a few different images need not lower it.
 """
 import argparse
 import json
@@ -19,6 +20,11 @@ from common import data, features, fid, terminal
 from common.precision_recall import precision_recall
 
 CHUNK = 500  # images generated and scored at a time
+
+
+def drawn_rows(m, n):
+    """n of m rows, or all of them, drawn with a fixed seed: folders are in order of their classes."""
+    return torch.randperm(m, generator=torch.Generator().manual_seed(0))[:n]
 
 
 def reference(images, feature_name, n, cache_dir="data/cache", device="cpu"):
@@ -34,8 +40,7 @@ def reference(images, feature_name, n, cache_dir="data/cache", device="cpu"):
         found = features.extract(images.images, name, device)
         moments = fid.Statistics()
         moments.update(found)
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        return {"mu": moments.mean, "sigma": moments.cov, "real": found[order[:chosen]].clone()}
+        return {"mu": moments.mean, "sigma": moments.cov, "real": found[drawn_rows(len(found), chosen)]}
 
     key = {"content": images.fingerprint, "features": name, "weights": features.version(name), "n": chosen}
     return data.cached(cache_dir, "statistics", key, make) | {"features": name}
@@ -143,17 +148,17 @@ def _command(argv=None):
         z = torch.Generator().manual_seed(a.seed)
         name = features.resolve(a.features, real.channels)
 
-        def drawn(n):
+        def generate(n):
             images = script.sample(nets, args, script.latents(n, args, z))
             spread.update(data.to_uint8(images).cpu())
             return images
 
-        found = features_of(drawn, a.n, name, device)
+        found = features_of(generate, a.n, name, device)
     else:
         if a.floor and real.test is None:
             raise ValueError(f"{a.real} has no held-out split to take the floor from")
         source = real.test if a.floor else data.load_images(a.fake, a.data_dir, a.image_size or 32, real.channels, a.cache_dir)
-        fake = source.images[: a.n]
+        fake = source.images[drawn_rows(len(source.images), a.n)]
         spread.update(fake)
         found = features.extract(fake, features.resolve(a.features, real.channels), device)
     row = score(found, reference(real, a.features, len(found), a.cache_dir, device))

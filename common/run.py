@@ -497,6 +497,9 @@ class Run:
                 if not hasattr(value, "load_state_dict"):
                     value.copy_(saved["state"][name])
                     continue
+                for group in saved["state"][name]["param_groups"]:
+                    if "capturable" in group:  # the run may go on on another kind of device
+                        group["capturable"] = self.device.type == "cuda"
                 value.load_state_dict(saved["state"][name])
                 for group in value.param_groups:  # load_state_dict leaves a tensor rate on the CPU
                     group["lr"] = group["lr"].to(self.device)

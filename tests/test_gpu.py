@@ -219,7 +219,7 @@ def fixed_noise(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, {"n_critic": 3}, {"channels": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, {"n_critic": 3}, {"channels": 3}, {"clip": 0.01}], ids=str)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_replayed_updates_give_the_same_parameters_as_eager_ones(name, changes, fixed_noise):
     args = small(name, **changes)
@@ -255,9 +255,10 @@ def test_replays_draw_fresh_noise_and_obey_the_learning_rate(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"clip": 0.01}], ids=str)
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_no_warm_update_synchronises(name):
-    m, args = script(name), small(name)
+def test_no_warm_update_synchronises(name, changes):
+    m, args = script(name), small(name, **changes)
     update_d, update_g, _ = m.updates(m.build(args), args)
     real = torch.rand(16, 1, 32, 32, device="cuda")
     for _ in range(2):

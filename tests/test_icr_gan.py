@@ -284,22 +284,6 @@ def test_identity_as_transformation_costs_nothing():
     assert logs["real"] < 1e-10 and logs["fake"] < 1e-10
 
 
-def test_kernels_train_as_the_plain_functions_do(tmp_path):
-    """--impl triton, here in the interpreter: the same run to rounding."""
-    from tests.helpers import ROOT, TINY, flags, shell
-
-    rows = []
-    for impl in ("torch", "triton"):
-        out = tmp_path / impl
-        line = flags(TINY | {"impl": impl, "log_every": 1, "cache_dir": ROOT / "data" / "cache", "out_dir": out})
-        done = shell(ROOT / "icr_gan.py", *line, env={"TRITON_INTERPRET": "1"})
-        assert done.returncode == 0, done.stderr
-        (log,) = out.glob("*/log.csv")
-        head, *body = log.read_text().splitlines()
-        rows.append(torch.tensor([[float(v) for k, v in zip(head.split(","), row.split(",")) if k != "seconds"] for row in body]))
-    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
-
-
 def test_kernels_on_the_cpu_say_that_they_need_the_interpreter(monkeypatch):
     from common import run
 

@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
+from tests.helpers import ROOT, SCRIPTS, TINY, flags, script, shell
 
-ROOT = Path(__file__).parent.parent
+FUSED = [name for name in SCRIPTS if hasattr(script(name).Args, "impl")]
 FILES = ("augment", "consistency", "gradient_penalty")
 
 
@@ -110,3 +110,18 @@ def test_gpu_tests_refuse_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_augment.py"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR and "asks for a GPU" in done.stderr
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_kernels_train_as_the_plain_functions_do(name, tmp_path):
+    """--impl triton, here in the interpreter: the same run to rounding."""
+    rows = []
+    for impl in ("torch", "triton"):
+        out = tmp_path / impl
+        line = flags(TINY | {"impl": impl, "log_every": 1, "cache_dir": ROOT / "data" / "cache", "out_dir": out})
+        done = shell(ROOT / f"{name}.py", *line, env={"TRITON_INTERPRET": "1"})
+        assert done.returncode == 0, done.stderr
+        (log,) = out.glob("*/log.csv")
+        head, *body = log.read_text().splitlines()
+        rows.append(torch.tensor([[float(v) for k, v in zip(head.split(","), row.split(",")) if k != "seconds"] for row in body]))
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import evaluate, report, run, sample
+from common import data, evaluate, report, run, sample
 from tests.helpers import ROOT, script, tiny
 
 CACHE = str(ROOT / "data" / "cache")
@@ -114,8 +114,6 @@ def test_a_run_without_scores_is_still_drawn(runs, tmp_path):
 
 
 def test_real_images_score_as_real_and_noise_does_not():
-    from common import data
-
     images = data.load_images("digits", cache_dir=CACHE)
     n = 600
     reference = evaluate.reference(images, "auto", n, CACHE)
@@ -151,8 +149,23 @@ def test_variance_per_pixel_equals_that_of_float64_and_needs_no_whole_set():
     parts = evaluate.PixelVariance().update(images[:700]).update(images[700:])
     assert parts.value == pytest.approx(whole.value, rel=1e-12)
     assert evaluate.PixelVariance().update(images[:1].expand(9, -1, -1, -1)).value == pytest.approx(0, abs=1e-12)
+    two = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8).repeat(9, 1, 1, 1)
+    assert evaluate.PixelVariance().update(two).value > 0.1  # two images are a collapse that it does not see
     halves = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(5, 1, 2, 2)
     assert evaluate.PixelVariance().update(halves).value == pytest.approx(1)
+
+
+def test_fewer_than_a_folder_holds_are_drawn_from_all_of_its_classes(tmp_path, capsys):
+    real = data.load_images("digits", cache_dir=CACHE)
+    for label in range(10):
+        (tmp_path / "fake" / str(label)).mkdir(parents=True)
+        for i, pixels in enumerate(real.images[real.labels == label][:30]):
+            sample.picture(pixels).save(tmp_path / "fake" / str(label) / f"{i}.png")
+    words = ["--real", "digits", "--cache-dir", CACHE, "--fake", str(tmp_path / "fake"), "--n", "60"]
+    evaluate._command([*words, "--json", str(tmp_path / "some.json")])
+    found = json.loads((tmp_path / "some.json").read_text())
+    assert found["n"] == 60 and found["recall"] > 0.8 and found["fid"] < 30  # two classes: .08 and 155
+    capsys.readouterr()
 
 
 def test_the_floor_is_that_of_the_held_out_split(runs, tmp_path, capsys):

@@ -226,6 +226,20 @@ def test_only_end_and_cadence_may_change_on_resume(finished, changes, said):
         run.resume(finished, **changes)
 
 
+@pytest.mark.parametrize("name, changes", [("lsgan", {}), ("wgan_gp", {"clip": 0.01})])
+def test_a_run_of_a_gpu_goes_on_on_the_cpu(name, changes, tmp_path):
+    """What its optimisers saved of the device, capturable, must not be taken over."""
+    places = {"out_dir": str(tmp_path), "cache_dir": str(ROOT / "data" / "cache")}
+    folder = script(name).main(tiny(name, **changes, **places))
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for key in ("opt_g", "opt_d"):
+        saved["state"][key]["param_groups"][0]["capturable"] = True
+    torch.save(saved, folder / "checkpoint.pt")
+    script(name).main(run.resume(folder, steps=4))
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 4 and not saved["state"]["opt_g"]["param_groups"][0]["capturable"]
+
+
 def test_resume_of_another_scripts_run_or_of_none_is_bad_input(finished, tmp_path):
     with pytest.raises(ValueError, match="icr_gan.py, not by lsgan.py"):
         run.parse(script("lsgan").Args, ["--resume", str(finished)])

@@ -80,6 +80,33 @@ def test_arguments_of_the_same_name_are_the_same_line(a, b):
         assert (lines[0][name] == lines[1][name]) == (name not in own), name
 
 
+def test_what_updates_and_main_share_is_the_same_text():
+    """Both are the method's own, but what lsgan.py has there of optimisers, averages and the loop is in every script."""
+
+    def between(text, first, last):
+        start = text.index(first)
+        return text[start : text.index(last, start) + len(last)]
+
+    spans = (
+        ("        lr = torch.tensor(", "changes\n"),
+        ("        return torch.optim.Adam(", "\n"),
+        ("    def autocast():", "cache_enabled=False)\n"),
+        ("        z = torch.randn(len(real)", "\n"),
+        ('        state["opt_d"].zero_grad()', '["opt_d"].step()\n'),
+        ("    def update_g():", "fake = g(z)\n"),
+        ('        state["opt_g"].zero_grad()', "max=args.ema_decay))\n"),
+    )
+    for first, last in spans:
+        wanted = between(inspect.getsource(script("lsgan").updates), first, last)
+        for name in SCRIPTS:
+            assert wanted in inspect.getsource(script(name).updates), f"{name}: {wanted}"
+    own = r"    ops = None\n    if run.fused\(args\):\n        import kernels as ops\n|(?<=share\(args\)), ops|    r\.warn_above\(.*\n"
+    mains = {name: re.sub(own, "", inspect.getsource(script(name).main)) for name in SCRIPTS}
+    assert len(set(mains.values())) == 1 and mains["lsgan"] == inspect.getsource(script("lsgan").main)
+    for name in SCRIPTS:
+        assert ("import kernels as ops" in inspect.getsource(script(name).main)) == hasattr(script(name).Args, "impl") == (name != "lsgan")
+
+
 def changes(a, b):
     """Lines of code, with a sign in front, by which two scripts differ."""
     lines = difflib.unified_diff(*(code_of(source(n)) for n in (a, b)), n=0)
@@ -155,7 +182,7 @@ def test_sizes_and_channels_train(name, image_size):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_updates_repeat_with_the_seed_and_z_is_fresh(name):
-    m, args = script(name), tiny(name)
+    m, args = script(name), tiny(name, batch_size=32)
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -164,12 +191,53 @@ def test_updates_repeat_with_the_seed_and_z_is_fresh(name):
         nets["generator"].register_forward_hook(lambda net, z, y: seen.append(z[0]))
         update_d, update_g, _ = m.updates(nets, args)
         for _ in range(2):
-            update_d(torch.zeros(8, 1, 32, 32))
+            update_d(torch.zeros(32, 1, 32, 32))
             update_g()
+        assert all(abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2 for z in seen)  # N(0, I), as sampled later
         runs.append(torch.cat(seen))
     assert torch.equal(*runs)
     first = runs[0][:, 0]
     assert len(first.unique()) == len(first)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ema_ramp_counts_generator_updates(name):
+    m, args = script(name), tiny(name, ema_decay=0.5)
+    nets = m.build(args)
+    update_d, update_g, state = m.updates(nets, args)
+    e, p = next(nets["generator_ema"].parameters()), next(nets["generator"].parameters())
+    for t in range(1, 12):
+        old = e.clone()
+        update_d(torch.rand(8, 1, 32, 32))
+        update_g()
+        decay = min(0.5, (1 + t) / (10 + t))
+        torch.testing.assert_close(e, decay * old + (1 - decay) * p)
+        assert state["t"].item() == t
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_precision_is_that_of_the_convolutions_in_both_updates(name):
+    for precision, wanted in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        m, args = script(name), tiny(name, precision=precision)
+        nets, seen = m.build(args), []
+        for key in ("generator", "discriminator"):
+            nets[key].body.register_forward_hook(lambda net, x, y: seen.append(y.dtype))
+        update_d, update_g, _ = m.updates(nets, args)
+        losses = update_d(torch.rand(8, 1, 32, 32))
+        calls = len(seen)
+        losses |= update_g()
+        assert set(seen) == {wanted} and 2 <= calls < len(seen)
+        assert {v.dtype for v in losses.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_adam_has_the_betas_of_the_arguments(name):
+    m, args = script(name), tiny(name, beta1=0.3, beta2=0.7, lr=0.01)
+    _, _, state = m.updates(m.build(args), args)
+    for key in ("opt_g", "opt_d"):
+        (group,) = state[key].param_groups
+        assert type(state[key]) is torch.optim.Adam and group["fused"] and not group["capturable"]
+        assert group["betas"] == (0.3, 0.7) and group["lr"].item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

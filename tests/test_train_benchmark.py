@@ -52,6 +52,34 @@ def test_the_straightforward_loop_has_the_losses_of_the_script(name, loss_g, los
     assert still == (["discriminator.head.bias"] if name == "wgan_gp" else [])  # it cancels in a difference of scores
 
 
+class LinearCritic(torch.nn.Module):
+    """D(x) = w.x over the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(0.1 * torch.randn(1024))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w
+
+
+@pytest.mark.parametrize("name, target", [("wgan_gp", 1.0), ("cn_lsgan", 0.5)])
+def test_the_loops_penalty_has_its_gradient(name, target, monkeypatch):
+    """A linear critic's slope is w: the double backward of lambda (|w| - target)^2 is known."""
+    m, d, fakes = script(name), LinearCritic(), []
+    method = {"gp_target": target, "lambda_rec": 0.0} if name == "cn_lsgan" else {}
+    args = tiny(name, n_critic=1, lambda_gp=3.0, **method)
+    nets = m.build(args) | {"discriminator": d}
+    nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
+    monkeypatch.setattr(m, "build", lambda args: nets)
+    once, _ = train.loop(m, args, torch.full((16, 1, 32, 32), 200, dtype=torch.uint8), torch.device("cpu"))
+    w = d.w.detach().clone()
+    once()
+    x, f = torch.full((8, 1024), GREY), fakes[0].flatten(1)
+    of_scores = (f - x).mean(0) if name == "wgan_gp" else 2 * (((x @ w - 1) @ x) + (f @ w) @ f) / 8
+    torch.testing.assert_close(d.w.grad, of_scores + 6 * (w.norm() - target) * w / w.norm(), rtol=1e-4, atol=1e-5)
+
+
 def test_every_method_has_a_straightforward_loop():
     assert set(train.LOOPS) == set(SCRIPTS)
 
