@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from common import evaluate, terminal
-from common.run import Parser, guard, read_args, read_csv
+from common.run import Parser, guard, read_args, read_csv, script_of
 from common.sample import GAP, zoom
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -67,11 +67,15 @@ def chart(title, series, share=False, width=480, height=300):
     from PIL import Image, ImageDraw
 
     s = SCALE
+    small, large = _font(12 * s), _font(15 * s)
+    series = [(label, *_thin(xs, ys)) for label, xs, ys in series if xs]
+    widths = [32 * s + small.getlength(label) for label, _, _ in series]
+    stacked = 60 * s + sum(widths) > width * s  # too much for one line of the legend: a line each
+    extra = 16 * s * (len(series) - 1) if stacked else 0
+    height += extra // s
     image = Image.new("RGB", (width * s, height * s), "white")
     pen = ImageDraw.Draw(image)
-    small, large = _font(12 * s), _font(15 * s)
     pen.text((60 * s, 8 * s), title, "black", large)
-    series = [(label, *_thin(xs, ys)) for label, xs, ys in series if xs]
     if not series:
         pen.text((60 * s, 140 * s), "nothing recorded yet", "gray", small)
         return image.resize((width, height), Image.Resampling.LANCZOS)
@@ -86,7 +90,7 @@ def chart(title, series, share=False, width=480, height=300):
         pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
         low, high = (low if 0 <= low < pad else low - pad), high + pad
     x_low, x_high = 0, max(1, max(xs[-1] for _, xs, _ in series))
-    left, right, top, bottom = 60 * s, (width - 16) * s, 56 * s, (height - 32) * s
+    left, right, top, bottom = 60 * s, (width - 16) * s, 56 * s + extra, (height - 32) * s
 
     def at_x(x):
         return left + (x - x_low) / (x_high - x_low) * (right - left)
@@ -114,7 +118,10 @@ def chart(title, series, share=False, width=480, height=300):
         if label:
             pen.line([(x, along + 8 * s), (x + 16 * s, along + 8 * s)], ink, 3 * s)
             pen.text((x + 20 * s, along), label, "black", small)
-        x += (32 * s) + pen.textlength(label, small)
+        if stacked:
+            along += 16 * s
+        else:
+            x += widths[i]
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -136,12 +143,17 @@ def _sheet(pictures, columns, color="white", gap=8):
 
 
 def _captioned(picture, text):
-    """The picture under a line of text."""
+    """The picture under a text, in as many lines as its width asks for."""
     from PIL import Image, ImageDraw
 
-    image = Image.new("RGB", (max(picture.width, 40), picture.height + 24), "white")
-    image.paste(picture, (0, 24))
-    ImageDraw.Draw(image).text((4, 4), text, "black", _font(14))
+    font, lines = _font(14), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if font.getlength(longer) <= picture.width - 8 else [lines[-1], word]
+    top = 8 + 16 * len(lines)
+    image = Image.new("RGB", (max(picture.width, 40), picture.height + top), "white")
+    image.paste(picture, (0, top))
+    ImageDraw.Draw(image).text((4, 4), "\n".join(lines), "black", font, spacing=2)
     return image
 
 
@@ -235,16 +247,16 @@ def summary(folder):
 
 
 def _labels(folders):
-    """Short names: script and the arguments in which the runs differ, else the folder's name."""
+    """Short names: the script and what was typed that the runs do not share, else the folder's name."""
     saved = [read_args(f) for f in folders]
     skip = {"out_dir", "quiet", "device", "threads", "log_every", "sample_every", "eval_every"}
-    names = {k for s in saved for k in s["args"]} - skip
-    shared = [k for k in names if all(k in s["args"] for s in saved)]
-    differing = sorted(k for k in shared if len({str(s["args"][k]) for s in saved}) > 1)
-    found = [" ".join([s["script"]] + [f"{k} {s['args'][k]}" for k in differing]) for s in saved]
-    own = sorted(names - set(shared))
-    if len(set(found)) < len(found):
-        found = [" ".join([f] + [f"{k} {s['args'][k]}" for k in own if k in s["args"]]) for f, s in zip(found, saved)]
+    found = []
+    for folder, run in zip(folders, saved):
+        defaults = vars(script_of(folder).Args())
+        typed = {k: v for k, v in run["args"].items() if k in defaults.keys() - skip and v != defaults[k]}
+        told = [k for k, v in typed.items() if any(s["args"].get(k) != v for s in saved)]
+        values = [f"{typed[k]:g}" if isinstance(typed[k], float) else str(typed[k]) for k in told]
+        found.append(" ".join([run["script"]] + [f"{k} {v}" for k, v in zip(told, values)]))
     return found if len(set(found)) == len(found) else [Path(f).resolve().name for f in folders]
 
 

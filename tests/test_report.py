@@ -1,4 +1,5 @@
 """common/report.py, common/sample.py and common/evaluate.py on small run folders."""
+import dataclasses
 import json
 
 import pytest
@@ -66,6 +67,33 @@ def test_several_runs_lie_side_by_side(runs, tmp_path, capsys):
     assert Image.open(tmp_path / "samples.png").width == 2 * 530 + 8
     assert Image.open(tmp_path / "curves.png").width == 3 * 480 + 16
     assert table.strip() in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_what_was_typed_and_the_others_do_not_share(tmp_path):
+    def saved(folder, name, **changes):
+        (tmp_path / folder).mkdir()
+        args = dataclasses.asdict(script(name).Args(**changes))
+        (tmp_path / folder / "args.json").write_text(json.dumps({"script": name, "args": args}))
+        return tmp_path / folder
+
+    a = saved("a", "lsgan", dataset="mnist", log_every=7)
+    b = saved("b", "wgan_gp", dataset="mnist", lr=1e-4, steps=9)
+    c = saved("c", "wgan_gp", dataset="mnist")
+    d = saved("d", "wgan_gp", dataset="mnist")
+    assert report._labels([a, b, c]) == ["lsgan", "wgan_gp steps 9 lr 0.0001", "wgan_gp"]
+    assert report._labels([a, c, d]) == ["a", "c", "d"]  # alike but for the folder
+    assert report._labels([saved("e", "lsgan"), c]) == ["lsgan", "wgan_gp dataset mnist"]
+
+
+def test_long_names_get_the_room_they_need():
+    short, long = "a", "a name that is as long as two or three arguments and their values"
+    assert report.chart("t", [(short, [0, 1], [0.0, 1.0])] * 3).size == (480, 300)
+    chart = report.chart("t", [(long, [0, 1], [0.0, 1.0])] * 3)
+    assert chart.size == (480, 332)
+    assert all(chart.getpixel((470, y)) == (255, 255, 255) for y in range(28, 80))  # no name is cut at the edge
+    picture = Image.new("RGB", (200, 50))
+    assert report._captioned(picture, short).size == (200, 74)
+    assert report._captioned(picture, long).size == (200, 50 + 8 + 16 * 3)
 
 
 def test_scores_of_different_features_never_share_a_column(runs, tmp_path):
