@@ -294,7 +294,7 @@ def updates(nets, args, ops=None):
                 near = g(z + args.sigma * torch.randn_like(z))
         logs = {}
         if lambda_gen:
-            gen = ops.consistency(fake.float(), near.float(), lambda_gen)
+            gen = ops.consistency(fake.to(loss.dtype), near.to(loss.dtype), lambda_gen)
             logs["gen_ratio"] = gen.detach() / loss.detach()
             loss = loss - gen
         state["opt_g"].zero_grad()

@@ -75,6 +75,17 @@ class Recorder:
         return call
 
 
+class LinearCritic(nn.Module):
+    """D(x) = w.x over the pixels, in the dtype of w: its slope is w everywhere."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(w.clone())
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w
+
+
 class TinyGenerator(nn.Module):
     """z [N, 2] -> images [N, 1, 2, 2] in float64, smooth; 12 weights."""
 
@@ -109,6 +120,7 @@ def still_losses(name, real, nets=None, **changes):
     if nets is None:
         nets = {key: net.double() for key, net in m.build(args).items()}
         nets["generator"].register_forward_pre_hook(lambda net, z: (z[0].double(),))
+        nets["discriminator"].eval()  # or each call would move the vectors of a spectral norm
     update_d, update_g, state = m.updates(nets, args)
     for key in ("opt_g", "opt_d"):
         state[key].param_groups[0]["lr"].fill_(0.0)

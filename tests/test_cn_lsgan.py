@@ -5,22 +5,11 @@ from torch import nn
 
 import cn_lsgan
 import lsgan
-from cn_lsgan import discriminator_loss, generator_loss, gradient_penalty, interpolate, reconstruction_constraint
+from cn_lsgan import discriminator_loss, generator_loss, reconstruction_constraint
 from common import run
-from tests.helpers import ROOT, Recorder, TinyCritic, TinyGenerator, assert_same, central_difference, states, still_losses, tiny, trained
+from tests.helpers import ROOT, LinearCritic, Recorder, assert_same, states, tiny, trained
 
 OFF = {"lambda_gp": 0.0, "lambda_rec": 0.0}
-
-
-class LinearCritic(nn.Module):
-    """D(x) = w.x over the pixels."""
-
-    def __init__(self, w):
-        super().__init__()
-        self.w = nn.Parameter(w.clone())
-
-    def forward(self, x):
-        return x.flatten(1) @ self.w
 
 
 def updated(nets=None, real=None, ops=None, **changes):
@@ -68,41 +57,6 @@ def test_losses_are_means_over_the_batch():
     torch.testing.assert_close(discriminator_loss(a, b), discriminator_loss(torch.cat([a, a]), torch.cat([b, b])))
     torch.testing.assert_close(discriminator_loss(a, b), discriminator_loss(a[order], b[order.flip(0)]))
     torch.testing.assert_close(generator_loss(b), generator_loss(torch.cat([b, b])))
-
-
-# ---- the penalty
-
-
-@pytest.mark.parametrize("target, value, row", [(1.0, 8.5, [2.4, 3.2]), (0.0, 12.5, [3.0, 4.0]), (5.0, 12.5, [0.0, 0.0])])
-def test_penalty_of_norms_zero_and_five(target, value, row):
-    grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
-    loss = gradient_penalty(grad, target)
-    loss.backward()
-    assert loss.item() == value
-    torch.testing.assert_close(grad.grad, torch.tensor([row, [0.0, 0.0]]))
-
-
-def test_penalty_is_a_mean_over_the_batch_and_a_norm_over_all_pixels():
-    g = torch.randn(7, 3, 4, 4, dtype=torch.float64)
-    want = torch.stack([(row.square().sum().sqrt() - 1).square() for row in g]).mean()
-    torch.testing.assert_close(gradient_penalty(g), want)
-    torch.testing.assert_close(gradient_penalty(torch.cat([g, g])), want)
-
-
-def test_interpolate_goes_from_fake_to_real_and_holds_no_graph():
-    real, fake = torch.randn(2, 3, 2, 4, 4)
-    fake.requires_grad_()
-    y = interpolate(real, fake, torch.tensor([0.0, 1.0, 0.25]))
-    assert not y.requires_grad
-    torch.testing.assert_close(y, torch.stack([fake[0], real[1], 0.25 * real[2] + 0.75 * fake[2]]).detach())
-
-
-def test_penalty_of_bf16_gradients_is_taken_in_float32():
-    grad = torch.randn(8, 1, 32, 32).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = gradient_penalty(grad)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, gradient_penalty(grad.float()))
 
 
 # ---- the constraint
@@ -160,45 +114,10 @@ def test_the_constraint_alone_shrinks_variance_and_finds_the_mean():
 # ---- networks
 
 
-@pytest.mark.parametrize("image_size, channels", [(8, 1), (32, 1), (32, 3), (64, 1), (64, 3)])
-def test_networks_map_between_latents_images_and_scores(image_size, channels):
-    g, d = cn_lsgan.Generator(5, channels, image_size, 4), cn_lsgan.Discriminator(channels, image_size, 4)
-    x = g(torch.randn(3, 5))
-    assert x.shape == (3, channels, image_size, image_size) and x.abs().max() <= 1
-    assert d(x).shape == (3,)
-
-
 def test_d_has_no_normalisation_no_dropout_and_no_sigmoid():
     kinds = {type(m) for m in cn_lsgan.Discriminator().modules()}
     assert kinds == {cn_lsgan.Discriminator, nn.Sequential, nn.Conv2d, nn.LeakyReLU, nn.Linear}
     assert not any(hasattr(m, "parametrizations") for m in cn_lsgan.Discriminator().modules())
-
-
-@pytest.mark.parametrize("image_size, channels", [(32, 1), (64, 3)])
-def test_score_and_slope_of_an_image_do_not_depend_on_the_others(image_size, channels):
-    d = cn_lsgan.Discriminator(channels, image_size, 4).double()
-
-    def of_first(x):
-        x = x.requires_grad_()
-        scores = d(x)
-        (grad,) = torch.autograd.grad(scores.sum(), x)
-        return scores[0].detach(), grad[0]
-
-    x = torch.randn(4, channels, image_size, image_size, dtype=torch.float64)
-    y = torch.cat([x[:1], 5 * torch.randn_like(x[1:])])
-    for a, b in zip(of_first(x), of_first(y)):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-def test_scores_are_unbounded_and_float32_under_autocast():
-    d = cn_lsgan.Discriminator(1, 32, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = d(torch.randn(64, 1, 32, 32))
-    assert scores.dtype == torch.float32
-    assert len(scores.unique()) > 48  # a bf16 head would leave few different values
-    with torch.no_grad():
-        d.head.bias.fill_(3.0)
-        assert d(torch.zeros(1, 1, 32, 32)).item() > 1
 
 
 # ---- the update
@@ -234,20 +153,6 @@ def test_losses_and_logs_of_a_linear_discriminator():
     torch.testing.assert_close(logs["loss_d"], logs["lsgan"] + 3 * logs["penalty"])
     want = 2 * ((x @ w - 1) @ x + (f @ w) @ f) / 8 + 6 * (w.norm() - 0.5) * w / w.norm()
     torch.testing.assert_close(nets["discriminator"].w.grad, want)  # the penalty has its gradient
-
-
-def test_one_point_is_drawn_on_the_line_of_each_sample():
-    real, ops, inputs = torch.rand(8, 1, 32, 32), Recorder("cn_lsgan"), []
-    d = cn_lsgan.Discriminator(1, 32, 4)
-    d.register_forward_hook(lambda m, x, y: inputs.append(x[0]))
-    updated({"discriminator": d}, real, ops)
-    assert [name for name, _ in ops.calls] == ["interpolate", "gradient_penalty"]
-    x_real, x_fake, eps = ops.calls[0][1]
-    assert x_real is real and torch.equal(inputs[0], torch.cat([x_real, x_fake]))
-    assert eps.shape == (8,) and len(eps.unique()) == 8 and (eps >= 0).all() and (eps < 1).all()
-    torch.testing.assert_close(inputs[1].detach(), interpolate(x_real, x_fake, eps))
-    assert [len(x) for x in inputs] == [16, 8, 8] and inputs[1].is_leaf
-    assert ops.calls[1][1][1] == 1.0  # the course's target
 
 
 def test_the_constraint_compares_with_the_last_real_images_and_bypasses_d():
@@ -289,62 +194,13 @@ def test_a_term_that_is_off_is_not_computed_and_one_that_is_on_changes_the_run(o
     assert any(not torch.equal(on[k], base[k]) for k in on)
 
 
-def test_the_target_reaches_the_update():
-    runs = [trained("cn_lsgan", 2, gp_target=t)[1][0]["loss_d"] for t in (0.0, 1.0)]
-    assert runs[0] != runs[1]
-
-
-def test_d_update_leaves_g_alone_and_the_other_way_round():
-    args = tiny("cn_lsgan", lambda_rec=1.0)
-    nets = cn_lsgan.build(args)
-    g, d = nets["generator"], nets["discriminator"]
-    update_d, update_g, _ = cn_lsgan.updates(nets, args)
-
-    def weights(net):
-        return [p.detach().clone() for p in net.parameters()]
-
-    before = weights(g)
-    update_d(torch.rand(8, 1, 32, 32))
-    assert all(p.grad is None for p in g.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(g)))
-    assert all(p.grad is not None and p.grad.any() for p in d.parameters())
-    before, grads = weights(d), [p.grad.clone() for p in d.parameters()]
-    update_g()
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(d)))
-    assert all(torch.equal(a, p.grad) for a, p in zip(grads, d.parameters()))
-    assert all(p.requires_grad for p in d.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in g.parameters())
-
-
-@pytest.mark.parametrize("key", ["discriminator", "generator"])
-def test_every_derivative_agrees_with_differences_on_small_smooth_networks(key):
-    torch.manual_seed(0)
-    small = dict(generator=TinyGenerator(), discriminator=TinyCritic(), generator_ema=TinyGenerator())
-    real = torch.rand(8, 1, 2, 2, dtype=torch.float64) * 2 - 1
-    nets, losses = still_losses("cn_lsgan", real, small, z_dim=2, lambda_rec=1.0)
-    losses[key]()
-    for p in nets[key].parameters():
-        grad = p.grad.clone()
-        for i in range(p.numel()):
-            unit = torch.zeros_like(p)
-            unit.view(-1)[i] = 1
-            found = central_difference(losses[key], [p], [unit], 1e-6)
-            assert grad.view(-1)[i].item() == pytest.approx(found.item(), rel=1e-5, abs=1e-8)
-
-
-@pytest.mark.parametrize("key", ["discriminator", "generator"])
-@pytest.mark.parametrize("image_size", [32, 64])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_derivatives_of_the_scripts_networks_agree_with_differences(key, image_size, channels):
-    torch.manual_seed(3)
-    real = torch.rand(8, channels, image_size, image_size, dtype=torch.float64) * 2 - 1
-    nets, losses = still_losses("cn_lsgan", real, image_size=image_size, lambda_rec=1.0)
-    losses[key]()
-    weights = list(nets[key].parameters())
-    directions = [torch.randn_like(p) for p in weights]
-    want = sum((p.grad * v).sum() for p, v in zip(weights, directions)).item()
-    # the step is small so that it meets no kink of a ReLU
-    assert central_difference(losses[key], weights, directions, 1e-8).item() == pytest.approx(want, rel=1e-4)
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_the_target_reaches_the_update(target):
+    ops = Recorder("cn_lsgan")
+    _, _, logs = updated(ops=ops, gp_target=target)
+    (_, (grad, given)) = ops.calls[1]
+    assert given == target
+    torch.testing.assert_close(logs["penalty"], (grad.flatten(1).norm(dim=1) - target).square().mean().detach())
 
 
 @pytest.mark.parametrize("key", ["lambda_gp", "gp_target", "lambda_rec"])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common import run
-from tests.helpers import ROOT, TINY, assert_same, flags, script, states, tiny
+from tests.helpers import ROOT, TINY, assert_same, flags, script, tiny
 
 SHORT = {"steps": 12, "log_every": 2, "sample_every": 4, "eval_every": 6, "cache_dir": str(ROOT / "data" / "cache")}
 

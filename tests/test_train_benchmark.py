@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.benchmarks import train
-from tests.helpers import SCRIPTS, script, tiny
+from tests.helpers import SCRIPTS, LinearCritic, script, tiny
 
 TINY = "--width 4 --batch-size 4 --rounds 2 --round-s 0 --no-compile --device cpu".split()
 
@@ -52,21 +52,10 @@ def test_the_straightforward_loop_has_the_losses_of_the_script(name, loss_g, los
     assert still == (["discriminator.head.bias"] if name == "wgan_gp" else [])  # it cancels in a difference of scores
 
 
-class LinearCritic(torch.nn.Module):
-    """D(x) = w.x over the pixels."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(0.1 * torch.randn(1024))
-
-    def forward(self, x):
-        return x.flatten(1) @ self.w
-
-
 @pytest.mark.parametrize("name, target", [("wgan_gp", 1.0), ("cn_lsgan", 0.5)])
 def test_the_loops_penalty_has_its_gradient(name, target, monkeypatch):
     """A linear critic's slope is w: the double backward of lambda (|w| - target)^2 is known."""
-    m, d, fakes = script(name), LinearCritic(), []
+    m, d, fakes = script(name), LinearCritic(0.1 * torch.randn(1024)), []
     method = {"gp_target": target, "lambda_rec": 0.0} if name == "cn_lsgan" else {}
     args = tiny(name, n_critic=1, lambda_gp=3.0, **method)
     nets = m.build(args) | {"discriminator": d}
