@@ -235,6 +235,18 @@ class Blind(nn.Module):
         return self.score + 0 * x.flatten(1).sum(1)
 
 
+def test_loss_of_g_is_the_adversarial_one_less_the_distance_of_neighbours():
+    """At D = 0 the adversarial loss is 1/2, whatever G makes."""
+    args, fakes = tiny("icr_gan", lambda_gen=3.0, sigma=0.5), []
+    nets = icr_gan.build(args)
+    nets["discriminator"].register_forward_hook(lambda net, x, y: 0 * y)
+    nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
+    logs = icr_gan.updates(nets, args)[1]()
+    gen = 3 * (fakes[0] - fakes[1]).square().mean()
+    torch.testing.assert_close(logs["loss_g"], 0.5 - gen)
+    torch.testing.assert_close(logs["gen_ratio"], gen / 0.5)
+
+
 def test_generator_term_pushes_neighbours_apart():
     torch.manual_seed(0)
     args = tiny("icr_gan", lambda_gen=100.0, sigma=0.1, lr=1e-3)
