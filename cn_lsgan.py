@@ -12,10 +12,11 @@ Effect   x is drawn independently of z, so with m = E[x] and d pixels the constr
          collapse and rewards it: the larger lambda_rec, the less varied and the greyer the samples.
          Targets 0 and 1 ask for a slope of 1 / |x - G(z)| between the two, about 0.05 for digits
          of 32 x 32; gp_target 1 asks for twenty times that, gp_target 0 for a smooth D alone.
-         With target 1 and weights of 1 and 10 every z gave the same blot, at 0.1 it gives digits.
-Differs  1. The course gives no weights: lambda_gp is the one of 0.1, 1 and 10 that trains;
+Differs  1. The course gives no weights: lambda_gp is the best of 0.1, 1 and 10 at target 1;
          2. D has no normalisation beside the penalty; 3. otherwise as lsgan.py.
-Reached  nothing measured yet.
+Reached  MNIST, 10,000 samples, 4,000 steps in 135 s of one thread of a shared 2-core x86 CPU, seed 0:
+         FID (lenet) 9.07, precision .649, recall .720; with gp_target 0, lambda_gp 10, lambda_rec 0
+         2.65, .632, .762. In README.md target 1 helps at no weight and the constraint nowhere.
 Run      python cn_lsgan.py                                # built-in digits
          python cn_lsgan.py --dataset mnist --gp-target 0 --lambda-gp 10 --lambda-rec 0
 Use      from cn_lsgan import gradient_penalty, reconstruction_constraint    # needs torch only
@@ -205,8 +206,9 @@ def updates(nets, args, ops=None):
     """update_d(real), update_g() and state: what a checkpoint needs besides the networks.
 
     Each update ends in its optimiser step and returns the 0-d tensors to log. real is float32
-    [N, channels, H, W] in [-1, 1] on the device of the networks. ops: where interpolate and
-    gradient_penalty are looked up, this file if None.
+    [N, channels, H, W] in [-1, 1] on the device of the networks; update_g compares with that of the
+    last update_d, whose N is args.batch_size. ops: where interpolate and gradient_penalty are
+    looked up, this file if None.
     """
     ops = ops or sys.modules[__name__]
     g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
@@ -222,7 +224,7 @@ def updates(nets, args, ops=None):
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
     state = dict(opt_g=adam(g), opt_d=adam(d), t=torch.zeros((), device=device))
-    shown = None  # the images of the last update of D, independent of every z that G draws
+    shown = None  # the images of the last update of D, in a graph its input; independent of every z that G draws
 
     def update_d(real):
         nonlocal shown
