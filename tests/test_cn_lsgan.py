@@ -6,8 +6,7 @@ from torch import nn
 import cn_lsgan
 import lsgan
 from cn_lsgan import discriminator_loss, generator_loss, reconstruction_constraint
-from common import run
-from tests.helpers import ROOT, LinearCritic, Recorder, assert_same, states, tiny, trained
+from tests.helpers import LinearCritic, Recorder, assert_same, states, tiny, trained
 
 OFF = {"lambda_gp": 0.0, "lambda_rec": 0.0}
 
@@ -208,16 +207,3 @@ def test_the_target_reaches_the_update(target):
 def test_bad_values_are_named(key, value):
     with pytest.raises(ValueError, match=key):
         cn_lsgan.Args(**{key: value})
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    short = {"lr_decay": 0.0, "subset": 64, "out_dir": str(tmp_path), "cache_dir": str(ROOT / "data" / "cache")}
-    whole = cn_lsgan.main(tiny("cn_lsgan", steps=4, **short))
-    part = cn_lsgan.main(tiny("cn_lsgan", steps=2, **short))
-    cn_lsgan.main(run.resume(part, steps=4, quiet=True))
-    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part))
-    for net in a["nets"]:
-        assert_same(a["nets"][net], b["nets"][net])
-    for key in ("opt_g", "opt_d"):
-        for x, y in zip(a["state"][key]["state"].values(), b["state"][key]["state"].values()):
-            assert_same(x, y)

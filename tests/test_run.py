@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common import run
-from tests.helpers import ROOT, TINY, assert_same, flags, script, tiny
+from tests.helpers import ROOT, SCRIPTS, TINY, assert_same, flags, script, tiny
 
 SHORT = {"steps": 12, "log_every": 2, "sample_every": 4, "eval_every": 6, "cache_dir": str(ROOT / "data" / "cache")}
 
@@ -224,6 +224,22 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_pat
 def test_only_end_and_cadence_may_change_on_resume(finished, changes, said):
     with pytest.raises(ValueError, match=said):
         run.resume(finished, **changes)
+
+
+@pytest.mark.parametrize("name, changes", [*((name, {}) for name in SCRIPTS), ("wgan_gp", {"clip": 0.01})])
+def test_every_scripts_resumed_run_equals_an_uninterrupted_one(name, changes, tmp_path):
+    """Whatever a method keeps beside the networks: optimisers, counters, what one update leaves for the other."""
+    short = changes | {"lr_decay": 0.0, "subset": 64, "out_dir": str(tmp_path), "cache_dir": str(ROOT / "data" / "cache")}
+    m = script(name)
+    whole, part = (m.main(tiny(name, steps=steps, **short)) for steps in (4, 2))
+    m.main(run.resume(part, steps=4, quiet=True))
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part))
+    for net in a["nets"]:
+        assert_same(a["nets"][net], b["nets"][net])
+    for key in ("opt_g", "opt_d"):
+        for x, y in zip(a["state"][key]["state"].values(), b["state"][key]["state"].values()):
+            assert_same(x, y)
+    assert torch.equal(a["state"]["t"], b["state"]["t"])
 
 
 @pytest.mark.parametrize("name, changes", [("lsgan", {}), ("wgan_gp", {"clip": 0.01})])
