@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from common import evaluate, terminal
-from common.run import Parser, guard, read_args, read_csv, script_of
+from common.run import SCRIPTS, Parser, guard, read_args, read_csv, script_of
 from common.sample import GAP, zoom
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -252,8 +252,8 @@ def _labels(folders):
     skip = {"out_dir", "quiet", "device", "threads", "log_every", "sample_every", "eval_every"}
     found = []
     for folder, run in zip(folders, saved):
-        defaults = vars(script_of(folder).Args())
-        typed = {k: v for k, v in run["args"].items() if k in defaults.keys() - skip and v != defaults[k]}
+        defaults = vars(script_of(folder).Args()) if run["script"] in SCRIPTS else {}
+        typed = {k: v for k, v in run["args"].items() if k in defaults.keys() - skip and v not in (None, defaults[k])}
         told = [k for k, v in typed.items() if any(s["args"].get(k) != v for s in saved)]
         values = [f"{typed[k]:g}" if isinstance(typed[k], float) else str(typed[k]) for k in told]
         found.append(" ".join([run["script"]] + [f"{k} {v}" for k, v in zip(told, values)]))

@@ -82,6 +82,10 @@ def test_a_run_is_named_by_what_was_typed_and_the_others_do_not_share(tmp_path):
     d = saved("d", "wgan_gp", dataset="mnist")
     assert report._labels([a, b, c]) == ["lsgan", "wgan_gp steps 9 lr 0.0001", "wgan_gp"]
     assert report._labels([a, c, d]) == ["a", "c", "d"]  # alike but for the folder
+    assert report._labels([saved("f", "wgan_gp", dataset="mnist", max_minutes=2.0), c]) == ["wgan_gp max_minutes 2", "wgan_gp"]
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "args.json").write_text(json.dumps({"script": "my_gan", "args": {"lr": 1.0}}))
+    assert report._labels([tmp_path / "g", a]) == ["my_gan", "lsgan dataset mnist"]  # of a script that is not here
     assert report._labels([saved("e", "lsgan"), c]) == ["lsgan", "wgan_gp dataset mnist"]
 
 
