@@ -9,7 +9,7 @@ Losses   L_D = E[(D(x) - 1)^2] + E[D(G(z))^2] + lambda_gp E[(|grad D(y)| - gp_ta
 Effect   x is drawn independently of z, so with m = E[x] and d pixels the constraint expects
          (|E[G(z)] - m|^2 + tr Cov G(z) + tr Cov x) / d: it draws the mean image to that of the data,
          punishes the variance of G, and is least where every z gives m. It is meant against
-         collapse and rewards it: the larger lambda_rec, the less varied and the greyer the samples.
+         collapse and rewards it: the larger lambda_rec, the less varied the samples.
          Targets 0 and 1 ask for a slope of 1 / |x - G(z)| between the two, about 0.05 for digits
          of 32 x 32; gp_target 1 asks for twenty times that, gp_target 0 for a smooth D alone.
 Differs  1. The course gives no weights: lambda_gp is the best of 0.1, 1 and 10 at target 1;
