@@ -259,7 +259,10 @@ def guard(command):
     except KeyboardInterrupt:
         code, message = 130, ""
     else:
-        gpu.stop()
+        if gpu.stop():  # threads of gloo can outlive the interpreter, whose end then aborts a run that went well
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         return
     terminal.close()
     if message and gpu.rank():

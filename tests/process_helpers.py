@@ -145,11 +145,10 @@ def death(folder):
         after(self, losses)
 
     run.Run.after_step = after_step
-    run.guard(lambda: train(folder, steps=10**6, log_every=10**6, sample_every=0))
+    train(folder, steps=10**6, log_every=10**6, sample_every=0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gpu.start(torch.device("cpu"))
-    {"everything": everything, "death": death}[sys.argv[2]](Path(sys.argv[1]))
-    gpu.stop()
+    run.guard(lambda: {"everything": everything, "death": death}[sys.argv[2]](Path(sys.argv[1])))
