@@ -1,54 +1,98 @@
-"""The progress line on stderr: rewritten in place on a terminal, one line each 10 s elsewhere."""
+"""What a person sees: a progress line and notes on stderr, results on stdout.
+
+A terminal that is gone, closed, or cannot show a character never ends a training: what cannot be
+written is dropped.
+"""
 import os
+import shutil
 import sys
 import time
 
 EVERY = 10.0  # seconds between lines where a line cannot be rewritten
 REDRAW = 0.1  # seconds between redraws where it can
 
-quiet = False  # set once by run.start or a command; silences progress, never errors
+quiet = False  # set once by run.setup or a command; silences progress and notes, never warnings
 _last = 0.0
 _open = False  # a rewritten line stands on the terminal without its newline
 
 
+def _write(stream, text):
+    if stream is None:  # closed before Python started
+        return
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+        stream.flush()
+    except (OSError, ValueError):  # its reader has gone, or it was closed
+        try:
+            gone = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(gone, stream.fileno())  # so that Python's own flush at the end finds a reader
+            os.close(gone)
+        except (OSError, ValueError):
+            pass
+
+
+def _is_terminal():
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
 def color(text, code):
     """text in an ANSI colour, plain where stderr is no terminal or NO_COLOR is set."""
-    if not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
+    if not _is_terminal() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{code}m{text}\033[0m"
 
 
 def progress(text, now=False):
-    """Show text as the progress line. Calls may come often; they are thinned out here, except now."""
+    """Show text as the progress line. Calls may come often; they are thinned out, except now."""
     global _last, _open
-    tty = sys.stderr.isatty()
-    t = time.monotonic()
-    if quiet or (not now and t - _last < (REDRAW if tty else EVERY)):
+    rewritten, t = _is_terminal(), time.monotonic()
+    if quiet or (not now and t - _last < (REDRAW if rewritten else EVERY)):
         return
     _last = t
-    if tty:
-        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-        sys.stderr.write("\r\033[K" + text[:width])
+    if rewritten:
+        width = shutil.get_terminal_size().columns - 1
+        _write(sys.stderr, "\r\033[K" + text[:width])
     else:
-        sys.stderr.write(text + "\n")
-    _open = tty
-    sys.stderr.flush()
+        _write(sys.stderr, text + "\n")
+    _open = rewritten
 
 
-def say(text):
+def note(text):
     """One whole line on stderr, below whatever progress line stands there; silent when quiet."""
     if not quiet:
         close()
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        _write(sys.stderr, text + "\n")
+
+
+def warn(text):
+    """A warning on a line of its own; also when quiet."""
+    close()
+    _write(sys.stderr, f"{color('warning:', 33)} {text}\n")
+
+
+def error(text):
+    """The one line that a failed command ends with."""
+    close()
+    _write(sys.stderr, f"{color('error:', 31)} {text}\n")
+
+
+def result(text):
+    """What a command was called for, on stdout."""
+    close()
+    _write(sys.stdout, text + "\n")
 
 
 def close():
     """End a rewritten progress line, so that what is printed next starts on its own line."""
     global _open
     if _open:
-        sys.stderr.write("\n")
-        sys.stderr.flush()
+        _write(sys.stderr, "\n")
     _open = False
 
 

@@ -1,0 +1,138 @@
+"""Files that are whole or not there: atomic writes, tensors, csv tables, the cache."""
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import uuid
+from pathlib import Path
+
+import torch
+
+from common import terminal
+
+
+class NotSaved(RuntimeError):
+    """A run could not write to its folder; what was saved before is intact. Exit code 1."""
+
+
+@contextlib.contextmanager
+def writing(what):
+    """Turn a full disk or a vanished folder into NotSaved, which names what was being written."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or e
+        raise NotSaved(
+            f"could not write {what}: {reason}; the last good checkpoint is as it was"
+        ) from e
+
+
+def write_atomic(path, data):
+    """Bytes to path by way of a temporary file beside it: a reader sees the old or the new, whole."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def save_tensors(path, values):
+    """torch.save, atomic. It goes through memory, so that a failed write is an OSError."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_tensors(path):
+    """torch.load of tensors and plain containers onto the CPU; ValueError names file and reason."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
+    except Exception as e:  # zip, pickle and tensor errors come in many types
+        raise ValueError(
+            f"{path} cannot be loaded, it may be cut short or damaged: {first_line(e)}"
+        ) from None
+
+
+def first_line(e):
+    """The first line of what an exception says, or its type where it says nothing."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+class Table:
+    """A csv file that grows by rows; its columns are those of the first row."""
+
+    def __init__(self, path, last_step=0, writes=True):
+        """Take over the rows up to last_step and cut the file back to them.
+
+        writes: of several processes one writes."""
+        self.path, self.writes = Path(path), writes
+        self.rows = [r for r in read_csv(self.path) if int(r["step"]) <= last_step]
+        if self.path.exists():
+            self._write(self.rows, "w")
+
+    def add(self, row):
+        self._write([row], "a" if self.rows else "w")
+        self.rows.append({k: str(v) for k, v in row.items()})
+
+    def _write(self, rows, mode):
+        if not self.writes:
+            return
+        if not rows:
+            self.path.unlink(missing_ok=True)
+            return
+        with writing(self.path), open(self.path, mode, newline="", encoding="utf-8") as f:
+            table = csv.DictWriter(f, list((self.rows or rows)[0]))
+            if mode == "w":
+                table.writeheader()
+            table.writerows(rows)
+
+
+def read_csv(path):
+    """Rows of a csv file as dicts of strings; an incomplete last row, left by a kill, is dropped."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole)))
+
+
+# ---- the cache -------------------------------------------------------------------------------
+
+
+def cached(cache_dir, kind, key, make, version=1):
+    """make(), a dict of tensors, strings and numbers, or what an earlier call with this key kept.
+
+    key: a JSON value of all that determines the result; version: raised when make changes. What
+    cannot be read is made again. Where cache_dir cannot be written, this goes on without.
+    """
+    text = json.dumps([version, key], sort_keys=True)
+    path = Path(cache_dir) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+    with contextlib.suppress(ValueError):  # absent or damaged
+        kept = load_tensors(path)
+        if isinstance(kept, dict) and kept.get("key") == text:
+            return kept["value"]
+    value = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"key": text, "value": value})
+    except OSError as e:
+        terminal.warn(f"nothing is kept in {cache_dir}: {first_line(e)}")
+    return value
