@@ -1,0 +1,249 @@
+"""BEGAN: D is an auto-encoder whose losses on real and generated images are held in a ratio.
+
+Paper    Berthelot, Schumm, Metz 2017, BEGAN: Boundary Equilibrium Generative Adversarial Networks, arXiv:1703.10717.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass
+class Args:
+    # data
+    dataset: str = "digits"  # digits (built in), mnist, fashion, cifar10 or a folder of images
+    data_dir: str = "data"  # where data sets lie; downloads go here
+    cache_dir: str = "data/cache"  # decoded images and statistics of real images
+    subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
+    image_size: int = 32  # height and width in pixels, a power of two from 8 to 512
+    channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
+    # method
+    gamma: float = 0.5  # loss of D on generated images over that on real ones: lower = better images, less diverse
+    lambda_k: float = 0.01  # step of k, the weight of generated images in the loss of D
+    stall_steps: int = 500  # generator updates between looks at M, which halve lr where it has stalled; 0 = never
+    # networks
+    z_dim: int = 64  # length of the latent vector and of the code of D
+    width: int = 16  # channels of G at every resolution; the encoder adds as many at each halving
+    # optimisation
+    steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
+    max_minutes: float | None = None  # end after this much training time [no limit]
+    batch_size: int = 16  # images per update
+    n_critic: int = 1  # discriminator updates per generator update
+    lr: float = 1e-3  # Adam step size, both networks
+    lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
+    beta1: float = 0.5  # Adam decay of the first moment
+    beta2: float = 0.99  # Adam decay of the second moment
+    ema_decay: float = 0.99  # decay of the averaged generator, per generator update
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions, losses stay fp32; auto = bf16 where that is faster
+    graphs: bool = True  # on a GPU, replay each update as a CUDA graph
+    # run
+    seed: int = 0  # seeds weights, noise and the order of the data
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: int = 0  # CPU threads; 0 = as many as pay
+    out_dir: str = "runs"  # parent of the run folder
+    log_every: int = 50  # generator updates between rows of log.csv
+    sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
+    eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
+    eval_samples: int = 10000  # generated images per evaluation
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network behind the metrics; auto = by channels
+    resume: str | None = None  # run folder to go on with
+    quiet: bool = False  # no progress on the terminal
+
+    def __post_init__(self):
+        if self.steps is None and self.max_minutes is None:
+            self.steps = 4000
+
+
+# ---- networks ------------------------------------------------------------------------------
+
+
+class Generator(nn.Module):
+    """z [N, z_dim] -> images [N, channels, image_size, image_size], unbounded. The decoder of D is one too."""
+
+    def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
+        super().__init__()
+        ups = image_size.bit_length() - 3  # resolutions from 8 x 8 up to image_size
+        base = min(8, image_size // 2)
+        self.stem = nn.Linear(z_dim, width * 64)
+        blocks = []
+        for i in range(ups):
+            blocks += [nn.Upsample(scale_factor=2)] if i else []
+            blocks += [nn.Conv2d(width, width, 3, 1, 1), nn.ELU(), nn.Conv2d(width, width, 3, 1, 1), nn.ELU()]
+        self.body = nn.Sequential(*blocks)
+        self.to_image = nn.Conv2d(width, channels, 3, 1, 1)
+
+    def forward(self, z):
+        h = self.stem(z).unflatten(1, (-1, 8, 8))
+        return self.to_image(self.body(h))
+
+
+class AutoEncoder(nn.Module):
+    """Images [N, channels, image_size, image_size] -> their reconstructions, alike, unbounded.
+
+    encoder: images -> codes [N, z_dim]; decoder: a network as G, with weights of its own."""
+
+    def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
+        super().__init__()
+        downs = image_size.bit_length() - 3
+        blocks = [nn.Conv2d(channels, width, 3, 1, 1), nn.ELU()]
+        d_in = width
+        for i in range(downs):
+            d = width * (i + 1)
+            blocks += [nn.Conv2d(d_in, d, 3, 1, 1), nn.ELU(), nn.Conv2d(d, d, 3, 1, 1), nn.ELU()]
+            if i < downs - 1:
+                blocks += [nn.Conv2d(d, d, 3, 2, 1), nn.ELU()]
+            d_in = d
+        self.encoder = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(d_in * 64, z_dim))
+        self.decoder = Generator(z_dim, channels, image_size, width)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+# ---- losses: tensors in, scalar out, no state, no randomness ---------------------------------
+
+
+def at_least_float32(x):
+    """x, bf16 as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def recon_loss(x_rec, x):
+    """mean |x_rec - x| over every element, at least float32; scalar >= 0. Gradients to both."""
+    return (at_least_float32(x_rec) - at_least_float32(x)).abs().mean()
+
+
+def discriminator_loss(loss_real, loss_fake, k):
+    """L_D = l(x) - k l(G(z)). 0-d tensors; scalar of either sign. k takes no gradient."""
+    return loss_real - k * loss_fake
+
+
+@torch.no_grad()
+def update_k(k, loss_real, loss_fake, gamma, lambda_k):
+    """The next k: k + lambda_k (gamma l(x) - l(G(z))), cut to [0, 1]. 0-d tensors; a new one, without gradient."""
+    return (k + lambda_k * (gamma * loss_real - loss_fake)).clamp(0, 1)
+
+
+@torch.no_grad()
+def convergence_measure(loss_real, loss_fake, gamma):
+    """M = l(x) + |gamma l(x) - l(G(z))|. 0-d tensors; scalar >= 0."""
+    return loss_real + (gamma * loss_real - loss_fake).abs()
+
+
+@torch.no_grad()
+def halve_if_stalled(m, best, rate):
+    """(best, rate) after a look at m, mean M since the last look; 0-d tensors, new ones."""
+    stalled = m > best * (1 - 1e-3)
+    return torch.minimum(m, best), torch.where(stalled, (rate / 2).clamp(min=1 / 16), rate)
+
+
+# ---- assembly --------------------------------------------------------------------------------
+
+
+def build(args):
+    """Networks on args.device: generator, discriminator, and generator_ema, the one sampled."""
+    cuda = args.device == "auto" and torch.cuda.is_available()
+    device = "cuda" if cuda else args.device.replace("auto", "cpu")
+    channels = args.channels or 1
+    g = Generator(args.z_dim, channels, args.image_size, args.width)
+    d = AutoEncoder(args.z_dim, channels, args.image_size, args.width)
+    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
+
+
+def latents(n, args, generator=None):
+    """z [n, z_dim] from the prior, uniform in [-1, 1], on the CPU."""
+    return torch.rand(n, args.z_dim, generator=generator) * 2 - 1
+
+
+@torch.no_grad()
+def sample(nets, args, z):
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    g = nets["generator_ema"]
+    return g(z.to(next(g.parameters()).device)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, decay a 0-d tensor; buffers are copied."""
+    for e, m in zip(ema.parameters(), model.parameters()):
+        e.lerp_(m, 1 - decay)
+    for e, m in zip(ema.buffers(), model.buffers()):
+        e.copy_(m)
+
+
+def updates(nets, args):
+    """update_d(real), update_g() and state: what a checkpoint needs besides the networks.
+
+    Each update ends in its optimiser step and returns the 0-d tensors to log. real is float32
+    [N, channels, H, W] in [-1, 1] on the device of the networks. update_g follows an update_d.
+    """
+    g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
+    device = next(g.parameters()).device
+
+    def adam(net):
+        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
+        capturable = device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+
+    def autocast():
+        on = args.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+    opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
+    k, loss_real, m_sum = torch.zeros(3, device=device)
+    rate, best = torch.ones((), device=device), torch.full((), float("inf"), device=device)
+    state = dict(opt_g=opt_g, opt_d=opt_d, t=t, k=k, loss_real=loss_real, m_sum=m_sum, best=best, rate=rate)
+
+    def update_d(real):
+        z = torch.rand(len(real), args.z_dim, device=device) * 2 - 1
+        with autocast():
+            with torch.no_grad():
+                fake = g(z).to(real.dtype)
+            x = torch.cat([real, fake])
+            x_rec = d(x)
+        on_real, on_fake = (recon_loss(*pair) for pair in zip(x_rec.chunk(2), x.chunk(2)))
+        loss = discriminator_loss(on_real, on_fake, k)
+        opt_d.zero_grad()
+        loss.backward()
+        opt_d.step()
+        loss_real.copy_(on_real.detach())
+        return {"loss_d": loss.detach(), "loss_real": on_real.detach()}
+
+    def update_g():
+        d.requires_grad_(False)  # gradients pass through D, none are kept for it
+        z = torch.rand(args.batch_size, args.z_dim, device=device) * 2 - 1
+        with autocast():
+            fake = g(z)
+            x_rec = d(fake)
+        loss = recon_loss(x_rec, fake)  # fake is the target too, and not detached
+        opt_g.zero_grad()
+        loss.backward()
+        opt_g.step()
+        d.requires_grad_(True)
+        t.add_(1)
+        update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
+        losses = torch.stack([loss_real, loss.detach().to(loss_real.dtype)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(losses)
+            losses /= dist.get_world_size()
+        k.copy_(update_k(k, *losses, args.gamma, args.lambda_k))
+        m = convergence_measure(*losses, args.gamma)
+        if args.stall_steps:
+            look = t % args.stall_steps == 0
+            m_sum.add_(m)
+            new_best, new_rate = halve_if_stalled(m_sum / args.stall_steps, best, rate)
+            best.copy_(torch.where(look, new_best, best))
+            rate.copy_(torch.where(look, new_rate, rate))
+            m_sum.mul_(~look)
+        return {"loss_g": loss.detach(), "k": k, "convergence": m, "rate": rate}
+
+    return update_d, update_g, state
+
+
+def learning_rate(args, done):
+    """Adam's step size when the share done of the run is behind: constant, then linear to 0."""
+    return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
