@@ -96,6 +96,15 @@ class Generator(nn.Module):
         return self.to_image(self.body(h)).tanh()
 
 
+class SNConv2d(nn.Conv2d):
+    """Convolution for spectral_norm, whose power iteration autocast must not take in bf16."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
 class Discriminator(nn.Module):
     """Images [N, channels, image_size, image_size] in [-1, 1] -> scores [N], unbounded, float32.
 
@@ -107,7 +116,7 @@ class Discriminator(nn.Module):
         dims = [channels] + [width * 2**i for i in range(downs)]
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [spectral_norm(nn.Conv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            blocks += [spectral_norm(SNConv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*blocks)
         self.head = spectral_norm(nn.Linear(dims[-1] * 16, 1))
 
