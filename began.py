@@ -37,18 +37,18 @@ class Args:
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions, losses stay fp32; auto = bf16 where that is faster
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
     graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 0  # CPU threads; 0 = as many as pay
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
     log_every: int = 50  # generator updates between rows of log.csv
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 10000  # generated images per evaluation
-    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 
@@ -150,7 +150,8 @@ def build(args):
     channels = args.channels or 1
     g = Generator(args.z_dim, channels, args.image_size, args.width)
     d = AutoEncoder(args.z_dim, channels, args.image_size, args.width)
-    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    average = copy.deepcopy(g).eval().requires_grad_(False)
+    nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
 
@@ -185,9 +186,9 @@ def updates(nets, args):
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def autocast():
         on = args.precision == "bf16"
@@ -214,16 +215,14 @@ def updates(nets, args):
         return {"loss_d": loss.detach(), "loss_real": on_real.detach()}
 
     def update_g():
-        d.requires_grad_(False)  # gradients pass through D, none are kept for it
         z = torch.rand(args.batch_size, args.z_dim, device=device) * 2 - 1
         with autocast():
             fake = g(z)
             x_rec = d(fake)
         loss = recon_loss(x_rec, fake)  # fake is the target too, and not detached
         opt_g.zero_grad()
-        loss.backward()
+        loss.backward(inputs=list(g.parameters()))  # through D, which keeps none
         opt_g.step()
-        d.requires_grad_(True)
         t.add_(1)
         update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
         losses = torch.stack([loss_real, loss.detach().to(loss_real.dtype)])
@@ -245,5 +244,43 @@ def updates(nets, args):
 
 
 def learning_rate(args, done):
-    """Adam's step size when the share done of the run is behind: constant, then linear to 0."""
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
     return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
+
+
+def main(args):
+    """Train as args say; returns the run folder (pathlib.Path)."""
+    from common import data, graphs, processes, run, scores  # borrowed: replace to train elsewhere
+
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    images = data.load_images(
+        args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir
+    )
+    args.channels = images.channels
+    nets = build(args)
+    update_d, update_g, state = updates(nets, processes.share(args))  # its share of a batch
+    train = data.subset(images, args.subset)
+    batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
+    shown = latents(64, args, torch.Generator().manual_seed(args.seed))
+
+    def draw():
+        return {"samples": sample(nets, args, shown)}
+
+    def generate(n, rng):
+        return sample(nets, args, latents(n, args, rng))
+
+    score = scores.of_generator(generate, images, args)
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        update_d, update_g = (graphs.graph(u, device, args.graphs) for u in (update_d, update_g))
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            for _ in range(args.n_critic):
+                losses = update_d(next(batches))
+            r.after_step(losses | update_g())  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
+
+
+if __name__ == "__main__":
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
+    cli(main, Args, __doc__)
