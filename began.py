@@ -21,12 +21,12 @@ class Args:
     image_size: int = 32  # height and width in pixels, a power of two from 8 to 512
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
     # method
-    gamma: float = 0.5  # loss of D on generated images over that on real ones: lower = better images, less diverse
-    lambda_k: float = 0.01  # step of k, the weight of generated images in the loss of D
-    stall_steps: int = 500  # generator updates between looks at M, which halve lr where it has stalled; 0 = never
+    gamma: float = 0.5  # l(G(z)) / l(x) that is held: lower = better images, less diverse
+    lambda_k: float = 0.01  # step size of k, the weight of l(G(z)) in the loss of D
+    stall_steps: int = 500  # generator updates after which lr halves unless M fell; 0 = never
     # networks
     z_dim: int = 64  # length of the latent vector and of the code of D
-    width: int = 16  # channels of G at every resolution; the encoder adds as many at each halving
+    width: int = 16  # channels of G at every size; the encoder has as many more at each halving
     # optimisation
     steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
@@ -55,23 +55,28 @@ class Args:
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None:
             self.steps = 4000
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
+        if self.stall_steps < 0:
+            raise ValueError(f"stall_steps must be zero or positive, got {self.stall_steps}")
 
 
 # ---- networks ------------------------------------------------------------------------------
 
 
 class Generator(nn.Module):
-    """z [N, z_dim] -> images [N, channels, image_size, image_size], unbounded. The decoder of D is one too."""
+    """z [N, z_dim] -> images [N, channels, image_size, image_size], not held to [-1, 1].
+
+    The decoder of D is another one, with weights of its own."""
 
     def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
         super().__init__()
-        ups = image_size.bit_length() - 3  # resolutions from 8 x 8 up to image_size
-        base = min(8, image_size // 2)
         self.stem = nn.Linear(z_dim, width * 64)
         blocks = []
-        for i in range(ups):
+        for i in range(image_size.bit_length() - 3):  # at 8 x 8, and after each doubling
             blocks += [nn.Upsample(scale_factor=2)] if i else []
-            blocks += [nn.Conv2d(width, width, 3, 1, 1), nn.ELU(), nn.Conv2d(width, width, 3, 1, 1), nn.ELU()]
+            for _ in range(2):
+                blocks += [nn.Conv2d(width, width, 3, 1, 1), nn.ELU()]
         self.body = nn.Sequential(*blocks)
         self.to_image = nn.Conv2d(width, channels, 3, 1, 1)
 
@@ -81,21 +86,20 @@ class Generator(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Images [N, channels, image_size, image_size] -> their reconstructions, alike, unbounded.
+    """Images [N, channels, image_size, image_size] -> their reconstructions, alike.
 
-    encoder: images -> codes [N, z_dim]; decoder: a network as G, with weights of its own."""
+    encoder: images -> codes [N, z_dim], a bottleneck; decoder: a network like G. No layer couples
+    the images of a batch, so sets may share one call."""
 
     def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
         super().__init__()
-        downs = image_size.bit_length() - 3
-        blocks = [nn.Conv2d(channels, width, 3, 1, 1), nn.ELU()]
-        d_in = width
-        for i in range(downs):
-            d = width * (i + 1)
-            blocks += [nn.Conv2d(d_in, d, 3, 1, 1), nn.ELU(), nn.Conv2d(d, d, 3, 1, 1), nn.ELU()]
-            if i < downs - 1:
-                blocks += [nn.Conv2d(d, d, 3, 2, 1), nn.ELU()]
-            d_in = d
+        blocks, d_in = [nn.Conv2d(channels, width, 3, 1, 1), nn.ELU()], width
+        for i in range(image_size.bit_length() - 3):
+            d_out = width * (i + 1)
+            blocks += [nn.Conv2d(d_in, d_in, 3, 2, 1), nn.ELU()] if i else []
+            for _ in range(2):
+                blocks += [nn.Conv2d(d_in, d_out, 3, 1, 1), nn.ELU()]
+                d_in = d_out
         self.encoder = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(d_in * 64, z_dim))
         self.decoder = Generator(z_dim, channels, image_size, width)
 
@@ -123,7 +127,7 @@ def discriminator_loss(loss_real, loss_fake, k):
 
 @torch.no_grad()
 def update_k(k, loss_real, loss_fake, gamma, lambda_k):
-    """The next k: k + lambda_k (gamma l(x) - l(G(z))), cut to [0, 1]. 0-d tensors; a new one, without gradient."""
+    """The next k: k + lambda_k (gamma l(x) - l(G(z))), cut to [0, 1]. 0-d tensors; a new one."""
     return (k + lambda_k * (gamma * loss_real - loss_fake)).clamp(0, 1)
 
 
@@ -134,9 +138,11 @@ def convergence_measure(loss_real, loss_fake, gamma):
 
 
 @torch.no_grad()
-def halve_if_stalled(m, best, rate):
-    """(best, rate) after a look at m, mean M since the last look; 0-d tensors, new ones."""
-    stalled = m > best * (1 - 1e-3)
+def after_look(m, best, rate):
+    """(best, rate) after a look at m, mean M since the last look. 0-d tensors; new ones.
+
+    rate is a factor on the step size: halved, but not below 1/16, unless m < best (1 - 1e-3)."""
+    stalled = m >= best * (1 - 1e-3)
     return torch.minimum(m, best), torch.where(stalled, (rate / 2).clamp(min=1 / 16), rate)
 
 
@@ -162,9 +168,39 @@ def latents(n, args, generator=None):
 
 @torch.no_grad()
 def sample(nets, args, z):
-    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1], float32, from the averaged weights."""
     g = nets["generator_ema"]
     return g(z.to(next(g.parameters()).device)).clamp(-1, 1)
+
+
+def between(z_a, z_b, t):
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line: all of it is as likely a priori."""
+    return (1 - t) * z_a + t * z_b
+
+
+def encode(nets, args, x, steps=200):
+    """Latents [N, z_dim] in [-1, 1] for images x [N, C, H, W] in [-1, 1], of each the z that
+    minimises mean |x - G(z)|: Adam from z = 0, cut to the prior's cube after every step.
+    How far G(z) stays from x is no small thing: see residual."""
+    g = nets["generator_ema"]
+    x = x.to(next(g.parameters()).device)
+    z = torch.zeros(len(x), args.z_dim, device=x.device, requires_grad=True)
+    opt = torch.optim.Adam([z], 0.1)
+    for i in range(steps):
+        opt.param_groups[0]["lr"] = 0.1 * (1 - i / steps)
+        with torch.enable_grad():
+            loss = (g(z) - x).abs().flatten(1).mean(1).sum()  # a sum: no image knows of the others
+        (z.grad,) = torch.autograd.grad(loss, z)
+        opt.step()
+        with torch.no_grad():
+            z.clamp_(-1, 1)
+    return z.detach()
+
+
+def residual(nets, args, x, z):
+    """mean |x - G(z)| [N] of images x [N, C, H, W] and latents z [N, z_dim], as of encode."""
+    images = sample(nets, args, z)
+    return (images - x.to(images.device)).abs().flatten(1).mean(1)
 
 
 @torch.no_grad()
@@ -195,12 +231,14 @@ def updates(nets, args):
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
     opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
-    k, loss_real, m_sum = torch.zeros(3, device=device)
-    rate, best = torch.ones((), device=device), torch.full((), float("inf"), device=device)
-    state = dict(opt_g=opt_g, opt_d=opt_d, t=t, k=k, loss_real=loss_real, m_sum=m_sum, best=best, rate=rate)
+    k, loss_real, m_mean, m_sum = (torch.zeros((), device=device) for _ in range(4))
+    best, rate = torch.tensor(float("inf"), device=device), torch.ones((), device=device)
+
+    def prior(n):
+        return torch.rand(n, args.z_dim, device=device) * 2 - 1
 
     def update_d(real):
-        z = torch.rand(len(real), args.z_dim, device=device) * 2 - 1
+        z = prior(len(real))
         with autocast():
             with torch.no_grad():
                 fake = g(z).to(real.dtype)
@@ -215,7 +253,7 @@ def updates(nets, args):
         return {"loss_d": loss.detach(), "loss_real": on_real.detach()}
 
     def update_g():
-        z = torch.rand(args.batch_size, args.z_dim, device=device) * 2 - 1
+        z = prior(args.batch_size)
         with autocast():
             fake = g(z)
             x_rec = d(fake)
@@ -225,22 +263,34 @@ def updates(nets, args):
         opt_g.step()
         t.add_(1)
         update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
-        losses = torch.stack([loss_real, loss.detach().to(loss_real.dtype)])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(losses)
-            losses /= dist.get_world_size()
-        k.copy_(update_k(k, *losses, args.gamma, args.lambda_k))
-        m = convergence_measure(*losses, args.gamma)
+        return {"loss_g": loss.detach()} | balance(loss.detach().to(k.dtype))
+
+    def balance(loss_fake):
+        both = torch.stack([loss_real, loss_fake])
+        if dist.is_available() and dist.is_initialized():  # one k of all processes
+            dist.all_reduce(both)
+            both /= dist.get_world_size()
+        k.copy_(update_k(k, *both, args.gamma, args.lambda_k))
+        m = convergence_measure(*both, args.gamma)
+        m_mean.lerp_(m, 1 - (t / (1 + t)).clamp(max=0.99))  # of about the last 100 updates
         if args.stall_steps:
             look = t % args.stall_steps == 0
             m_sum.add_(m)
-            new_best, new_rate = halve_if_stalled(m_sum / args.stall_steps, best, rate)
-            best.copy_(torch.where(look, new_best, best))
-            rate.copy_(torch.where(look, new_rate, rate))
+            found = after_look(m_sum / args.stall_steps, best, rate)
+            for value, new in zip((best, rate), found):
+                value.copy_(torch.where(look, new, value))
             m_sum.mul_(~look)
-        return {"loss_g": loss.detach(), "k": k, "convergence": m, "rate": rate}
+        return {"k": k.clone(), "convergence": m, "rate": rate.clone()}
 
-    return update_d, update_g, state
+    scalars = dict(k=k, loss_real=loss_real, m_mean=m_mean, m_sum=m_sum, best=best, rate=rate)
+    return update_d, update_g, dict(opt_g=opt_g, opt_d=opt_d, t=t) | scalars
+
+
+@torch.no_grad()
+def reconstruct(nets, x):
+    """Images [N, C, H, W] in [-1, 1] -> what D makes of them, cut to [-1, 1], on D's device."""
+    d = nets["discriminator"]
+    return d(x.to(next(d.parameters()).device)).clamp(-1, 1)
 
 
 def learning_rate(args, done):
@@ -263,17 +313,34 @@ def main(args):
     batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
     shown = latents(64, args, torch.Generator().manual_seed(args.seed))
 
+    some = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(args.seed))[:8]
+    real = data.to_float(train.images[some]).to(device)
+
     def draw():
-        return {"samples": sample(nets, args, shown)}
+        fake = sample(nets, args, shown)
+        sets = [real, reconstruct(nets, real), fake[:8], reconstruct(nets, fake[:8])]
+        ends = [real[:4], real[:4].flip(3)]  # images and their mirror images, as in figure 4
+        z_a, z_b = encode(nets, args, torch.cat(ends)).chunk(2)
+        way = [sample(nets, args, between(z_a, z_b, i / 7)) for i in range(8)]
+        return {
+            "samples": fake,
+            "reconstructions": torch.stack(sets, 1),
+            "mirrored": torch.stack([ends[0], *way, ends[1]], 1),
+        }
 
     def generate(n, rng):
         return sample(nets, args, latents(n, args, rng))
 
-    score = scores.of_generator(generate, images, args)
+    of_images = scores.of_generator(generate, images, args)
+
+    def score():
+        left = residual(nets, args, real, encode(nets, args, real)).mean()
+        return of_images() | {"convergence": float(state["m_mean"]), "residual": float(left)}
+
     with run.start(__file__, args, nets, state, draw, score) as r:
         update_d, update_g = (graphs.graph(u, device, args.graphs) for u in (update_d, update_g))
         while r.going():
-            r.set_lr(learning_rate(args, r.fraction))
+            r.set_lr(learning_rate(args, r.fraction) * state["rate"])
             for _ in range(args.n_critic):
                 losses = update_d(next(batches))
             r.after_step(losses | update_g())  # counts; when due: logs, draws, saves, scores
