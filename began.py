@@ -174,7 +174,7 @@ def sample(nets, args, z):
 
 
 def between(z_a, z_b, t):
-    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line, as a cube has no sphere to keep to."""
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line: a cube asks for no arc."""
     return (1 - t) * z_a + t * z_b
 
 
