@@ -23,8 +23,8 @@ from common import files, terminal
 # where test and val are both there, test is the held-out split
 SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid": 2, "validation": 2}
 SIDE = re.compile("(?:({0})[-_ /]?)?([ab])|([ab])/({0})".format("|".join(SPLITS)))  # trainA, A/test
-SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-# that Pillow knows by their first bytes and decodes by itself; EPS would start another program
+SYSTEM = "__MACOSX/@eaDir/#recycle/$RECYCLE.BIN/System Volume Information/lost+found".split("/")
+# what Pillow knows by the first bytes and decodes by itself (EPS would start another program)
 FORMATS = "PNG JPEG JPEG2000 MPO GIF WEBP AVIF BMP DIB TIFF PPM QOI".split()
 MOST_PIXELS = 2**28  # of one file, 1 GB once decoded; the largest cameras have 2e8
 MOST_NAMES = 10  # broken files named before only their number is given
@@ -38,14 +38,14 @@ def sets(root, size, cache_dir):
     """
     root = _unpacked(root)
     found = [(folder, *_listing(folder)) for folder in _splits(root) or [root]]
+    below = [[path.relative_to(folder).parts for path in paths] for folder, paths, _ in found]
     # classes of all splits together, so that a label means the same in each
-    first = [[name.split("/")[0] for name in stats] for _, stats, _ in found]
-    flat = any("/" not in name for _, stats, _ in found for name in stats)
-    classes = {name: i for i, name in enumerate(sorted(set().union(*first)))}
+    names = sorted({parts[0] for split in below for parts in split})
+    classed = len(names) > 1 and all(len(parts) > 1 for split in below for parts in split)
     splits = []
-    for (folder, stats, others), names in zip(found, first):
-        (pixels,), kept = _decoded(folder, stats, others, size, cache_dir)
-        labels = None if flat or len(classes) == 1 else [classes[names[i]] for i in kept.tolist()]
+    for (folder, paths, others), parts in zip(found, below):
+        (pixels,), kept = _decoded(folder, [[p] for p in paths], others, size, cache_dir, "square")
+        labels = [names.index(parts[i][0]) for i in kept] if classed else None
         splits.append((pixels, labels and torch.tensor(labels)))
     return splits
 
@@ -60,39 +60,41 @@ def pairs(root, size, cache_dir):
     root = _unpacked(root)
     splits = []
     for folders in _sides(root):
-        found = [(folder, *_listing(folder)) for folder in folders]
-        named = [_by_stem(folder, stats) for folder, stats, _ in found]
-        both = sorted(named[0].keys() & named[1].keys())
+        stems, others = [], collections.Counter()
+        for folder in folders:
+            paths, more = _listing(folder)
+            stems.append({str(p.relative_to(folder).with_suffix("")): p for p in paths})
+            if len(stems[-1]) < len(paths):
+                raise ValueError(f"{folder} has pictures whose names differ in the ending alone")
+            others += more
+        both = sorted(stems[0].keys() & stems[1].keys())
         if not both:
             raise ValueError(
                 f"no picture in {folders[0]} has the name of one in {folders[1]}, so there are no "
                 "pairs; two domains of unpaired pictures are another kind of set"
             )
-        for (_, stats, others), names in zip(found, named):
-            others["without a partner"] += len(stats) - len(both)
-        decoded = [
-            _decoded(folder, {names[s]: stats[names[s]] for s in both}, others, size, cache_dir, "all")
-            for (folder, stats, others), names in zip(found, named)
-        ]
-        whole = set.intersection(*(set(kept.tolist()) for _, kept in decoded))  # broken on neither side
-        splits.append([
-            pixels[torch.tensor([i in whole for i in kept.tolist()])] for (pixels,), kept in decoded
-        ])
+        others["without a partner"] += sum(map(len, stems)) - 2 * len(both)
+        items = [[named[stem] for named in stems] for stem in both]
+        where = os.path.commonpath(folders)
+        splits.append(_decoded(where, items, others, size, cache_dir, "whole")[0])
     for folder in [] if splits else _splits(root) or [root]:
-        splits.append(_decoded(folder, *_listing(folder), size, cache_dir, "halves")[0])
+        paths, others = _listing(folder)
+        items = [[p] for p in paths]
+        splits.append(_decoded(folder, items, others, size, cache_dir, "halves")[0])
     return splits
 
 
 def domains(root, size, cache_dir):
-    """[(A, B)] of training and held-out split, uint8 [M, C, size, size], of unpaired pictures."""
-    root = _unpacked(root)
-    return [
-        [_decoded(folder, *_listing(folder), size, cache_dir)[0][0] for folder in folders]
-        for folders in _sides(root)
-    ]
+    """[(A, B)] of training and held-out split, uint8 [M, C, size, size]; [] where there are none."""
+
+    def pixels(folder):
+        paths, others = _listing(folder)
+        return _decoded(folder, [[p] for p in paths], others, size, cache_dir, "square")[0][0]
+
+    return [(pixels(a), pixels(b)) for a, b in _sides(_unpacked(root))]
 
 
-# ---- which folders ---------------------------------------------------------------------------
+# ---- which folders and files -----------------------------------------------------------------
 
 
 def _folders(folder):
@@ -105,10 +107,12 @@ def _no_data(name):
 
 def _unpacked(root):
     """root, or the only thing in it where that is a folder, as archives often hold one."""
+    root = Path(os.path.abspath(root))
     while True:
         inside = [p for p in root.iterdir() if not _no_data(p.name)]
-        name = inside[0].name.lower() if len(inside) == 1 and inside[0].is_dir() else "train"
-        if name in SPLITS or SIDE.fullmatch(name):
+        if len(inside) != 1 or not inside[0].is_dir():
+            return root
+        if (name := inside[0].name.lower()) in SPLITS or SIDE.fullmatch(name):
             return root
         root = inside[0]
 
@@ -134,36 +138,30 @@ def _sides(root):
     for path in inside + [below for d in inside for below in _folders(d)]:
         if m := SIDE.fullmatch(path.relative_to(root).as_posix().lower()):
             found[SPLITS[m[1] or m[4] or "train"]][m[2] or m[3]] = path
-    for sides in found.values():
-        if len(sides) == 1:
-            ((side, folder),) = sides.items()
-            raise ValueError(f"{folder} is there without its counterpart {'B' if side == 'a' else 'A'}")
-    if found and 0 not in found:
-        raise ValueError(f"{root} has {min(found[min(found)].values())} and no trainA and trainB")
+    if found and (0 not in found or any(len(sides) < 2 for sides in found.values())):
+        names = sorted(str(p.relative_to(root)) for sides in found.values() for p in sides.values())
+        raise ValueError(f"{root} holds {', '.join(names)}; wanted A and B, and both of each split")
     return [(found[i]["a"], found[i]["b"]) for i in sorted(found)[:2]]
 
 
 def _check_classes(folder, names):
     """ValueError where folders look like splits, so that no test picture passes for a class's."""
-    sided = [name for name in names if (m := SIDE.fullmatch(name.lower())) and m[1]]
-    kinds = {}
+    like = {}  # name: whether it looks like a held-out split
     for name in names:
         for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name):  # seg_train, val2017, TestImages
             if word.lower() in SPLITS:
-                kinds[name] = SPLITS[word.lower()] > 0
-    if sided or len(set(kinds.values())) == 2:
-        found = sided or list(kinds)
+                like[name] = SPLITS[word.lower()] > 0
+    sided = [name for name in names if (m := SIDE.fullmatch(name.lower())) and m[1]]
+    if sided or len(set(like.values())) == 2:
+        found = sorted(like, key=like.get)  # training first, for the advice
         raise ValueError(
-            f"{folder} holds {', '.join(found[:4])}, which are no classes; pass one of them, such as "
-            f"{folder / found[0]}, or a folder with train and test (or val) inside"
+            f"{folder} holds {', '.join(found[:4])}, which are no classes; pass one of them, such "
+            f"as {folder / found[0]}, or a folder with train and test (or val) inside"
         )
 
 
-# ---- which files -----------------------------------------------------------------------------
-
-
 def _listing(folder):
-    """({path below folder with /: what identifies its content}, Counter of other files' endings)."""
+    """(paths of the pictures in folder and below, Counter of the other files by ending)."""
     from PIL import Image
 
     def unreadable(e):
@@ -171,7 +169,7 @@ def _listing(folder):
 
     Image.init()
     endings = {ending for ending, f in Image.registered_extensions().items() if f in FORMATS}
-    stats, others, seen = {}, collections.Counter(), set()
+    paths, others, seen = [], collections.Counter(), set()
     for here, dirs, names in os.walk(folder, onerror=unreadable, followlinks=True):
         here, real = Path(here), os.path.realpath(here)
         if real in seen or _is_run(names):  # a link that leads in a circle; grids of samples
@@ -181,110 +179,91 @@ def _listing(folder):
         dirs[:] = sorted(d for d in dirs if not _no_data(d))
         _check_classes(here, dirs)
         for path in (here / name for name in names if not name.startswith(".")):
-            if not path.is_file():
-                continue
-            ending = path.suffix.lower()
-            if ending in endings or not ending:  # whether a file without is one shows when decoding
-                s = path.stat()
-                identity = s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
-                stats[path.relative_to(folder).as_posix()] = identity
-            else:
-                others[ending] += 1
-    if not stats:
-        looked = " ".join(sorted(endings))
-        raise ValueError(f"no images in {folder}: looked for {looked}, found {_counts(others)}")
-    return dict(sorted(stats.items())), others
+            if path.is_file():
+                ending = path.suffix.lower()
+                if ending in endings or not ending:  # what that is shows when it is decoded
+                    paths.append(path)
+                else:
+                    others[ending] += 1
+    if not paths:
+        looked, found = " ".join(sorted(endings)), _counts(others) or "no files"
+        raise ValueError(f"no images in {folder}: looked for {looked}, found {found}")
+    return sorted(paths, key=str), others
 
 
 def _is_run(names):
     """Whether a folder with these files is a run's, or holds the pictures of a report."""
-    return "table.md" in names or (
-        "args.json" in names and not {"checkpoint.pt", "log.csv"}.isdisjoint(names)
-    )
-
-
-def _by_stem(folder, names):
-    found = {}
-    for name in names:
-        stem = name.removesuffix(Path(name).suffix)
-        if stem in found:
-            raise ValueError(f"{folder} has two pictures of one name: {found[stem]} and {name}")
-        found[stem] = name
-    return found
+    run = "args.json" in names and ("checkpoint.pt" in names or "log.csv" in names)
+    return run or "table.md" in names
 
 
 def _counts(numbers):
-    return ", ".join(f"{n} {what}" for what, n in numbers.most_common(5) if n) or "no files"
+    return ", ".join(f"{n} {what}" for what, n in numbers.most_common(5))
 
 
 # ---- decoding --------------------------------------------------------------------------------
 
 
-def _decoded(folder, stats, others, size, cache_dir, fit="square"):
-    """[uint8 [M, C, size, size]] of the files that can be read, and which they are, int64 [M].
+def _decoded(where, items, others, size, cache_dir, fit):
+    """[uint8 [M, C, size, size]] of the items whose files can be read, and which these are.
 
-    fit: "square" takes the central square, "all" the whole picture, "halves" left and right, which
-    are two tensors. C is 1 where all are grey. One line tells what was passed over.
+    items: lists of paths, one for each tensor; or of one path where fit is "halves", which gives
+    left and right. Fit "square" takes the central square, "whole" everything. C is 1 where all are
+    grey. One line tells what was passed over.
     """
-    names = list(stats)
-    key = {
-        "where": os.path.realpath(folder),
-        "files": hashlib.sha256(json.dumps(list(stats.items())).encode()).hexdigest(),
-        "size": size,
-        "fit": fit,
-        "pillow": importlib.metadata.version("pillow"),
-    }
+    stats = [[str(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+             for item in items for p in item for s in [p.stat()]]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    key = [digest, size, fit, importlib.metadata.version("pillow")]
 
     def make():
-        pixels, failed = _decode_all(folder, names, size, fit)
-        kept = torch.tensor([i for i in range(len(names)) if i not in failed], dtype=torch.int64)
+        pixels, failed = _decode(where, items, size, fit)
+        kept = torch.tensor([i for i in range(len(items)) if i not in failed], dtype=torch.int64)
         images = []
         for part in pixels:
             part = part[kept] if failed else part
             if all((p == p[..., :1]).all() for p in part.split(1000)):
                 part = part[..., :1]
             images.append(part.permute(0, 3, 1, 2).contiguous())
-        return {"images": images, "kept": kept, "failed": failed}
+        return {"images": images, "kept": kept, "failed": [failed[i] for i in sorted(failed)]}
 
     value = files.cached(cache_dir, "folder", key, make, VERSION)
-    failed = {names[i]: reason for i, reason in sorted(value["failed"].items())}
-    endings = {name: Path(name).suffix.lower() for name in failed}
-    for name in [name for name in failed if endings[name]][:MOST_NAMES]:
-        terminal.warn(f"passed over {folder / name}: {failed[name]}")
-    if len(failed) == len(names):
-        raise ValueError(f"none of the {len(names)} images in {folder} can be read")
+    failed = [(Path(path), reason) for path, reason in value["failed"]]
+    for path, reason in [f for f in failed if f[0].suffix][:MOST_NAMES]:
+        terminal.warn(f"passed over {path}: {reason}")
+    if len(failed) == len(items):
+        raise ValueError(f"none of the {len(items)} images in {where} can be read")
     others = others + collections.Counter(
-        f"broken {ending}" if ending else "without ending" for ending in endings.values()
+        f"broken {path.suffix.lower()}" if path.suffix else "without ending" for path, _ in failed
     )
     if others:
-        terminal.warn(
-            f"{folder}: {len(names) - len(failed)} images used, {others.total()} files passed over "
-            f"({_counts(others)})"
-        )
-    return value["images"], value["kept"]
+        used = len(items) - len(failed)
+        terminal.warn(f"{where}: {used} used, {others.total()} passed over: {_counts(others)}")
+    return value["images"], value["kept"].tolist()
 
 
-def _decode_all(folder, names, size, fit):
-    """([uint8 [M, size, size, 3]], one or two, and {index: reason} of those that are no images."""
+def _decode(where, items, size, fit):
+    """[uint8 [len(items), size, size, 3]], and {index: (path, reason)} of those that are no images."""
     from PIL import Image, UnidentifiedImageError
 
-    parts = 2 if fit == "halves" else 1
-    pixels = [torch.empty(len(names), size, size, 3, dtype=torch.uint8) for _ in range(parts)]
+    parts = 2 if fit == "halves" else len(items[0])
+    pixels = [torch.empty(len(items), size, size, 3, dtype=torch.uint8) for _ in range(parts)]
     failed = {}
 
     def decode(some):
         for i in some:
-            content = (folder / names[i]).read_bytes()  # a file that cannot be read at all raises
+            contents = [(p, p.read_bytes()) for p in items[i]]  # what cannot be read at all raises
             try:
-                image = opened(content, 3 * size)
-                for part, fitted in zip(pixels, _fitted(image, size, fit), strict=True):
-                    part.numpy()[i] = np.asarray(fitted)
+                fitted = [f for path, c in contents for f in _fitted(opened(c, 6 * size), size, fit)]
             except UnidentifiedImageError:
-                failed[i] = "no image of a known format"
+                failed[i] = str(path), "no image of a known format"
             except Exception as e:  # Pillow's readers raise anything at a broken file
                 if isinstance(e, MemoryError) or "out of memory" in str(e):
                     raise  # says nothing about the file
-                failed[i] = files.first_line(e)
+                failed[i] = str(path), files.first_line(e)
+            else:
+                for part, picture in zip(pixels, fitted, strict=True):
+                    part[i] = torch.from_numpy(np.array(picture))
         return len(some)
 
     # threads, since Pillow decodes and resizes without the interpreter's lock
@@ -294,22 +273,22 @@ def _decode_all(folder, names, size, fit):
         Image.MAX_IMAGE_PIXELS = MOST_PIXELS
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pictures that are odd, yet fine
-            every = range(len(names))
+            every = range(len(items))
             jobs = [pool.submit(decode, every[i : i + 32]) for i in every[::32]]
             done = 0
             for job in as_completed(jobs):
                 done += job.result()
-                terminal.progress(f"decoding {folder} {done}/{len(names)}")
+                terminal.progress(f"decoding {where} {done}/{len(items)}")
     finally:
         pool.shutdown(cancel_futures=True)
         Image.MAX_IMAGE_PIXELS = limit
     return pixels, failed
 
 
-def opened(content, enough=None):
+def opened(content, enough=0):
     """A file's bytes -> Pillow image, RGB: its first frame, upright, on white where it is clear.
 
-    enough: pixels of the shorter side that will do, for a JPEG to be decoded at a fraction.
+    enough: pixels of either side that will do, for a JPEG to be decoded at a fraction of its size.
     """
     from PIL import Image, ImageOps
 
@@ -335,28 +314,24 @@ def _fitted(image, size, fit):
         return [square(image, size)]
     width, height = image.size
     if fit == "whole":
-        boxes = [(0, 0, width, height)]
-    elif width % 2:
+        return [_resize(image, size, (0, 0, width, height))]
+    if width % 2:
         raise ValueError(f"{width} x {height} pixels cannot be halved")
-    else:
-        boxes = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
-    return [_resize(image, size, box) for box in boxes]
+    return [_resize(image, size, (x, 0, x + width // 2, height)) for x in (0, width // 2)]
 
 
 def square(image, size):
     """The central square of a Pillow image, size x size; 28 x 28 is padded to 32 before.
 
-    Padding has the commonest colour of the rim: MNIST from a folder is MNIST from its own files.
+    The padding has the commonest colour of the rim, so MNIST in a folder equals the named set.
     """
-    from PIL import Image
+    from PIL import ImageOps
 
     if image.size == (28, 28):
         pixels = np.asarray(image)
         rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        colour = collections.Counter(map(tuple, rim.reshape(112, -1).tolist())).most_common(1)[0][0]
-        padded = Image.new(image.mode, (32, 32), colour)
-        padded.paste(image, (2, 2))
-        image = padded
+        colour = collections.Counter(map(tuple, rim.tolist())).most_common(1)[0][0]
+        image = ImageOps.expand(image, 2, colour)
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     return _resize(image, size, (left, top, left + side, top + side))
