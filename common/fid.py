@@ -11,11 +11,14 @@ from common.terminal import track
 
 
 def as_features(x, name="features"):
-    """x [N, d], tensor or array, as a detached float64 tensor; ValueError unless 2-D and finite."""
+    """x [N, d], tensor or array, as a detached float64 tensor; ValueError unless 2-D and finite.
+
+    float32 stays float32, as all that it can hold is exact in float64.
+    """
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"{name} must have shape [N, d], got {list(x.shape)}")
-    x = x.double()
+    x = x if x.dtype == torch.float32 else x.double()
     if not x.isfinite().all():
         rows = (~x.isfinite()).any(1).sum().item()
         raise ValueError(f"{name} must be finite, got NaN or infinity in {rows} of {len(x)} rows")
