@@ -143,21 +143,19 @@ def beside(text, picture):
 
 
 def ticks(low, high, log):
-    """Round values from low to high: powers of ten, where too few with their 2 and 5, or even steps."""
+    """Round values from low to high: powers of ten, over few decades their 2 and 5 too, or even steps."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [[m * 10.0**e for e in powers for m in by] for by in ((1,), (1, 2, 5))]
-        found = [[t for t in some if low <= t <= high] for some in found]
-        return found[0] if len(found[0]) > 2 else found[1]
+        found = [m * 10.0**e for e in powers for m in ((1,) if high / low > 1e3 else (1, 2, 5))]
+        return [t for t in found if low <= t <= high]
     size = 10.0 ** math.floor(math.log10((high - low) / 6))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= (high - low) / 6)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
 def thinned(xs, ys, most=400):
     """Means over equal stretches, where a line has more points than a chart has pixels."""
-    size = -(-len(xs) // most)
+    size = max(1, -(-len(xs) // most))
     cuts = [slice(i, i + size) for i in range(0, len(xs), size)]
     return [xs[c][-1] for c in cuts], [math.fsum(ys[c]) / len(ys[c]) for c in cuts]
 
@@ -165,27 +163,19 @@ def thinned(xs, ys, most=400):
 def chart(title, series, share=False, width=480, height=300):
     """PIL image of lines over steps; logarithmic where values > 0 span 50-fold.
 
-    series: (label, xs, ys) each, at least one of them with points. share: values are shares, so
-    the axis goes from 0 to 1, or higher where they do.
+    series: (label, xs, ys) each, at least one of them with points; the i-th has the i-th colour.
+    share: values are shares, so the axis goes from 0 to 1, or higher where they do.
     """
     from PIL import Image, ImageDraw
 
-    s = SCALE
-    small, grey = font(12 * s), "#444444"
-    series = [(label, *thinned(xs, ys)) for label, xs, ys in series if xs]
-    left, right, row, x = 60 * s, (width - 16) * s, 0, 60 * s
-    legend = []  # where the label of each line stands, as on a typed page
-    for label, _, _ in series:
-        wide = 32 * s + small.getlength(label)
-        if x > left and x + wide > right:
-            row, x = row + 1, left
-        legend.append((x, (32 + 16 * row) * s))
-        x += wide
-    height += 16 * row
-    top, bottom = (56 + 16 * row) * s, (height - 32) * s
+    s, small, grey = SCALE, font(12 * SCALE), "#444444"
+    series = [(label, COLORS[i % len(COLORS)], *thinned(*xy)) for i, (label, *xy) in enumerate(series)]
+    series = [line for line in series if line[2]]
+    height += 16 * (len(series) - 1)  # a line each for the labels
+    left, right, top, bottom = 60 * s, (width - 16) * s, (height - 244) * s, (height - 32) * s
 
-    every = [y for _, _, ys in series for y in ys]
-    low, high = min(every), max(every)
+    every = [y for *_, ys in series for y in ys]
+    low, high, last = min(every), max(every), max(1, *(xs[-1] for _, _, xs, _ in series))
     log = not share and low > 0 and high / low > 50
     pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     if share:
@@ -194,7 +184,6 @@ def chart(title, series, share=False, width=480, height=300):
         low, high = low / 1.2, high * 1.2
     else:
         low, high = (low if 0 <= low < pad else low - pad), high + pad
-    last = max(1, max(xs[-1] for _, xs, _ in series))
 
     def at_x(x):
         return left + x / last * (right - left)
@@ -214,16 +203,19 @@ def chart(title, series, share=False, width=480, height=300):
         text = f"{x:g}" if x < 1e4 else f"{x / 1000:g}k"
         pen.text((at_x(x), bottom + 6 * s), text, grey, small, anchor="mt")
     pen.line([(left, bottom), (right, bottom)], grey, s)
-    for i, ((label, xs, ys), (x, y)) in enumerate(zip(series, legend)):
-        ink = COLORS[i % len(COLORS)]
+    for i, (label, ink, xs, ys) in enumerate(series):
         points = [(at_x(a), at_y(b)) for a, b in zip(xs, ys)]
         pen.line(points, ink, 2 * s, joint="curve")
-        for a, b in points if len(points) <= 30 else ():
-            pen.ellipse([a - 3 * s, b - 3 * s, a + 3 * s, b + 3 * s], ink)
+        for x, y in points if len(points) <= 30 else ():
+            pen.ellipse([x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s], ink)
         if label:
-            pen.line([(x, y + 8 * s), (x + 16 * s, y + 8 * s)], ink, 3 * s)
-            pen.text((x + 20 * s, y), label, "black", small)
+            y = (32 + 16 * i) * s
+            pen.line([(left, y + 8 * s), (left + 16 * s, y + 8 * s)], ink, 3 * s)
+            pen.text((left + 20 * s, y), label, "black", small)
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+# ---- tables ----------------------------------------------------------------------------------
 
 
 def fid_label(features, name="fid"):
@@ -253,41 +245,6 @@ def columns(tables):
     return [n for n in names if n not in COUNTS and any(numbers(rows, n)[0] for rows in tables)]
 
 
-def charts(logs, scores):
-    """Charts of log.csv and metrics.csv tables {label: rows} of runs.
-
-    Of one run the losses stand together, columns named alike up to their first _, and the shares;
-    of several every column has a chart with a line for each run, runs by features.
-    """
-    found, one = [], len(logs) == 1
-    groups = {}
-    for name in columns(logs.values()):
-        alike = "losses" if name.startswith("loss_") else name.split("_")[0]
-        groups.setdefault(alike if one else name, []).append(name)
-    for title, names in groups.items():
-        title = names[0] if len(names) == 1 else title
-        found.append(chart(title, lines(logs, names)))
-
-    for features, some in by_features(scores).items():
-        names = columns(some.values())
-        shares = [n for n in names if n in SHARES]
-        rest = [n for n in names if n not in shares or not one]
-        if one and shares:
-            found.append(chart(", ".join(shares), lines(some, shares), True))
-        for name in rest:
-            found.append(chart(fid_label(features, name), lines(some, [name]), name in SHARES))
-    return found
-
-
-def lines(tables, names):
-    """series of a chart: a line for each table and name, labelled by what tells them apart."""
-    return [
-        (label or (name if len(names) > 1 else ""), *numbers(rows, name))
-        for label, rows in tables.items()
-        for name in names
-    ]
-
-
 def by_features(scores):
     """{features: {label: rows}}: scores of different features are never set beside each other."""
     found = {}
@@ -297,7 +254,42 @@ def by_features(scores):
     return found
 
 
+def charts(logs, scores):
+    """Charts of log.csv and metrics.csv tables {label: rows} of runs.
+
+    Of one run the losses stand together, columns named alike up to their first _, and the shares;
+    of several every column has a chart with a line for each run, runs by features.
+    """
+    one, found = len(logs) == 1, []
+
+    def add(title, tables, names, share=False):
+        found.append(chart(title, [
+            (label or (name if len(names) > 1 else ""), *numbers(tables.get(label, []), name))
+            for label in logs for name in names
+        ], share))
+
+    groups = {}
+    for name in columns(logs.values()):
+        alike = "losses" if name.startswith("loss_") else name.split("_")[0]
+        groups.setdefault(alike if one else name, []).append(name)
+    for alike, names in groups.items():
+        add(alike if alike == "losses" else ", ".join(names), logs, names)
+    for features, some in by_features(scores).items():
+        names = columns(some.values())
+        shares = [name for name in names if name in SHARES]
+        if one and shares:
+            add(", ".join(shares), some, shares, True)
+        for name in names:
+            if not (one and name in shares):
+                add(fid_label(features, name), some, [name], name in SHARES)
+    return found
+
+
 # ---- one run ---------------------------------------------------------------------------------
+
+
+def strip_name(name):
+    return "progress.png" if name == "samples" else f"{name}-progress.png"
 
 
 def of_run(folder):
@@ -313,8 +305,7 @@ def of_run(folder):
         last = Image.open(steps[-1][1])
         save(last, folder / f"{name}.png")
         rows = [beside(f"{t}", first_row(Image.open(p))) for t, p in spread(steps, STEPS)]
-        strip = "progress.png" if name == "samples" else f"{name}-progress.png"
-        save(sheet(rows, 1, gap=0), folder / strip)
+        save(sheet(rows, 1, gap=0), folder / strip_name(name))
         frames = [Image.open(path) for _, path in spread(steps, FRAMES)]
         for frame in frames:
             frame.thumbnail((ANIMATED, ANIMATED))
@@ -339,8 +330,7 @@ def summary(folder):
     """The final metrics and the paths of a run, as text for the terminal."""
     folder = Path(folder)
     rows = files.read_csv(folder / "metrics.csv")
-    names = [f"{name}{end}" for name in grids(folder) for end in (".png", "-progress.png", ".gif")]
-    names = [n.replace("samples-progress", "progress") for n in names]
+    names = [n for s in grids(folder) for n in (f"{s}.png", strip_name(s), f"{s}.gif")]
     names += ["curves.png", "metrics.json", "generator.pt"]
     there = "  ".join(n for n in names if (folder / n).exists())
     return "\n".join([*map(score_line, rows[-1:]), f"{folder}/  {there}"])
