@@ -1,11 +1,16 @@
-"""Pictures of a run: grids of images, strips over training, animations, charts.
+"""Pictures of a run from its files: grids, strips over training, animations, charts.
 
-All of it is made from the files of a run folder: every sub-folder of grids NAME/STEP.png is a set
-of pictures, every column of numbers in log.csv and metrics.csv a line in a chart.
+Every sub-folder of grids NAME/STEP.png is a set of pictures, every column of numbers in log.csv and
+metrics.csv a line in a chart.
 """
 import io
+import itertools
 import math
+import textwrap
 from pathlib import Path
+
+import numpy as np
+from torch.nn.functional import pad
 
 from common import data, files
 
@@ -49,8 +54,6 @@ def to_picture(image):
 
 def grid(images, columns=COLUMNS):
     """PIL image of uint8 images [N, C, H, W] in rows of that many columns, small ones enlarged."""
-    from torch.nn.functional import pad
-
     n, channels, height, _ = images.shape
     columns = min(columns, n)
     zoom = max(1, SHORT // height)
@@ -63,7 +66,7 @@ def grid(images, columns=COLUMNS):
 
 
 def to_sheet(images):
-    """PIL image of float images in [-1, 1]: [N, C, H, W] in rows of 8, [R, K, C, H, W] in rows of K."""
+    """PIL image of images in [-1, 1]: [N, C, H, W] in rows of 8, [R, K, C, H, W] in R rows of K."""
     if images.dim() == 5:
         return grid(data.to_uint8(images.flatten(0, 1)), images.shape[1])
     return grid(data.to_uint8(images))
@@ -71,17 +74,15 @@ def to_sheet(images):
 
 def first_row(sheet):
     """The first row of images of a grid."""
-    import numpy as np
-
     lines = (np.asarray(sheet) == FRAME).reshape(sheet.height, -1).all(1)
     end = next((y for y in range(GAP + 1, sheet.height) if lines[y : y + GAP].all()), sheet.height)
     return sheet.crop((0, 0, sheet.width, end + GAP))
 
 
 def grids(folder):
-    """{name: [(step, path), ...]} of the sets of grids in a run folder, in order of the steps."""
+    """{name: [(step, path), ...]} of the sets of grids in a run folder, samples first."""
     found = {}
-    for path in sorted(Path(folder).glob("*/*.png")):
+    for path in sorted(Path(folder).glob("*/*.png"), key=lambda p: (p.parent.name != "samples", p)):
         if path.stem.isdecimal():
             found.setdefault(path.parent.name, []).append((int(path.stem), path))
     return {name: sorted(steps) for name, steps in found.items()}
@@ -117,11 +118,8 @@ def captioned(picture, text):
     """The picture under a text, in as many lines as its width asks for."""
     from PIL import Image, ImageDraw
 
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        fits = font(14).getlength(longer) <= picture.width - 8
-        lines[-1:] = [longer] if fits else [lines[-1], word]
+    letters = max(4, (picture.width - 8) // 8)
+    lines = textwrap.wrap(text, letters, break_on_hyphens=False)
     top = 8 + 16 * len(lines)
     image = Image.new("RGB", (max(picture.width, 40), picture.height + top), "white")
     image.paste(picture, (0, top))
@@ -130,7 +128,7 @@ def captioned(picture, text):
 
 
 def beside(text, picture):
-    """The picture with a step number at its left."""
+    """The picture with a short text at its left."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (picture.width + 64, picture.height), "white")
@@ -143,7 +141,7 @@ def beside(text, picture):
 
 
 def ticks(low, high, log):
-    """Round values from low to high: powers of ten, over few decades their 2 and 5 too, or even steps."""
+    """Round values from low to high: even steps, or powers of ten with their 2 and 5."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [m * 10.0**e for e in powers for m in ((1,) if high / low > 1e3 else (1, 2, 5))]
@@ -155,7 +153,7 @@ def ticks(low, high, log):
 
 def thinned(xs, ys, most=400):
     """Means over equal stretches, where a line has more points than a chart has pixels."""
-    size = max(1, -(-len(xs) // most))
+    size = -(-len(xs) // most)
     cuts = [slice(i, i + size) for i in range(0, len(xs), size)]
     return [xs[c][-1] for c in cuts], [math.fsum(ys[c]) / len(ys[c]) for c in cuts]
 
@@ -169,8 +167,8 @@ def chart(title, series, share=False, width=480, height=300):
     from PIL import Image, ImageDraw
 
     s, small, grey = SCALE, font(12 * SCALE), "#444444"
-    series = [(label, COLORS[i % len(COLORS)], *thinned(*xy)) for i, (label, *xy) in enumerate(series)]
-    series = [line for line in series if line[2]]
+    inked = zip(series, itertools.cycle(COLORS))
+    series = [(label, ink, *thinned(xs, ys)) for (label, xs, ys), ink in inked if xs]
     height += 16 * (len(series) - 1)  # a line each for the labels
     left, right, top, bottom = 60 * s, (width - 16) * s, (height - 244) * s, (height - 32) * s
 
@@ -219,7 +217,7 @@ def chart(title, series, share=False, width=480, height=300):
 
 
 def fid_label(features, name="fid"):
-    """What a column is called: FID is that of Inception features alone, others are named beside it."""
+    """What a column is called: FID is that of Inception alone, other networks stand beside it."""
     head, _, tail = name.partition("_")
     if head not in ("fid", "kid"):
         return name
@@ -263,10 +261,10 @@ def charts(logs, scores):
     one, found = len(logs) == 1, []
 
     def add(title, tables, names, share=False):
-        found.append(chart(title, [
-            (label or (name if len(names) > 1 else ""), *numbers(tables.get(label, []), name))
-            for label in logs for name in names
-        ], share))
+        each = [(label, name) for label in logs for name in names]
+        told = [label or (name if len(names) > 1 else "") for label, name in each]
+        points = [numbers(tables.get(label, []), name) for label, name in each]
+        found.append(chart(title, [(t, *p) for t, p in zip(told, points)], share))
 
     groups = {}
     for name in columns(logs.values()):
@@ -274,14 +272,17 @@ def charts(logs, scores):
         groups.setdefault(alike if one else name, []).append(name)
     for alike, names in groups.items():
         add(alike if alike == "losses" else ", ".join(names), logs, names)
-    for features, some in by_features(scores).items():
+    parts = by_features(scores)
+    for features, some in parts.items():
         names = columns(some.values())
         shares = [name for name in names if name in SHARES]
         if one and shares:
             add(", ".join(shares), some, shares, True)
         for name in names:
             if not (one and name in shares):
-                add(fid_label(features, name), some, [name], name in SHARES)
+                title = fid_label(features, name)
+                title += f" ({features})" if len(parts) > 1 and title == name else ""
+                add(title, some, [name], name in SHARES)
     return found
 
 

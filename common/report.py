@@ -85,7 +85,7 @@ def short(value):
 
 
 def tables(scores):
-    """Tables of the final rows, as lists of rows of text: one for each network behind the scores."""
+    """Tables of the final rows, as lists of rows: one for each network behind the scores."""
     found = []
     for features, some in pictures.by_features(scores).items():
         names = pictures.columns(some.values())
@@ -117,7 +117,7 @@ def html_table(rows):
     return "<table>" + "\n".join(f"<tr>{row}</tr>" for row in body) + "</table>"
 
 
-def html_set(name, runs):
+def html_set(name, runs, strip):
     """Grids of one set with a slider; runs: {label: [(step, path beside the page), ...]}."""
     steps = sorted({t for some in runs.values() for t, _ in some})
     body = f"""<section><h2>{html.escape(name)}</h2>
@@ -129,16 +129,17 @@ def html_set(name, runs):
         grids, label = html.escape(json.dumps(some)), html.escape(label)
         body += f"""<figure><figcaption>{label}</figcaption>
 <img src="{some[-1][1]}" alt="{html.escape(name)}, {label}" data-grids="{grids}"></figure>\n"""
+    if strip:
+        body += f"""<figure><figcaption>over training</figcaption>
+<img src="{quote(pictures.strip_name(name))}" alt="{html.escape(name)} over training"></figure>"""
     return body + "</div></section>"
 
 
-def write_page(out, title, sets, scores, arguments, strips=()):
+def write_page(out, title, sets, scores, arguments):
     """index.html in the folder out; sets: {name: {label: [(step, path)]}}, paths beside it."""
-    parts = [html_set(name, runs) for name, runs in sets.items()]
-    images = [("over training", path) for path in strips]
-    images += [("curves", "curves.png")] if (out / "curves.png").exists() else []
-    for head, path in images:
-        parts.append(f'<h2>{head}</h2><img src="{quote(path)}" alt="{head}">')
+    parts = [html_set(name, runs, len(scores) == 1) for name, runs in sets.items()]
+    if (out / "curves.png").exists():
+        parts.append('<h2>curves</h2><img src="curves.png" alt="curves over the steps">')
     parts += ["<h2>scores</h2>", *map(html_table, tables(scores))]
     parts += ["<h2>arguments</h2>", html_table(arguments)]
     text = PAGE.format(title=html.escape(title), body="\n".join(parts))
@@ -155,8 +156,7 @@ def report(folder):
     }
     scores = {label: files.read_csv(folder / "metrics.csv")}
     arguments = [["argument", "value"], ["script", saved["script"]], *saved["args"].items()]
-    strips = [pictures.strip_name(name) for name in sets]
-    write_page(folder, label, sets, scores, arguments, strips)
+    write_page(folder, label, sets, scores, arguments)
 
 
 def compare(folders, out):
@@ -195,7 +195,7 @@ def compare(folders, out):
 
 
 def chosen(paths):
-    """The run folders among paths, each once; reports, which runs/* matches too, are passed over."""
+    """The run folders among paths, each once, without the reports that runs/* matches too."""
     found = {}
     for path in map(Path, paths):
         if (path / "index.html").exists() and not (path / "args.json").exists():

@@ -3,7 +3,7 @@
     python -m common.sample RUN                              # RUN/grid.png, of 64
     python -m common.sample RUN --n 1000 --out FOLDER        # single PNGs
     python -m common.sample RUN --interpolate 8              # RUN/interpolate.png, 8 steps a row
-    python -m common.sample RUN --between a.png b.png        # RUN/between.png, where a run can encode
+    python -m common.sample RUN --between a.png b.png        # RUN/between.png, of two encoded
     python -m common.sample RUN --input PHOTOS --out FOLDER  # image to image: translations
 
 Translations have the names and sizes of their inputs, which are extended by reflection to what
@@ -78,7 +78,8 @@ def translate(a, nets, args, script, out):
             raise ValueError(f"--{name} is nothing that {script.__name__}.py can choose")
     if a.draws > 1 and not options.get("dropout", "dropout" in takes):
         raise ValueError("--draws needs the noise of dropout; without it all draws are the same")
-    channels = next(m.in_channels for m in nets["generator_ema"].modules() if hasattr(m, "in_channels"))
+    layers = nets["generator_ema"].modules()
+    channels = next(m.in_channels for m in layers if hasattr(m, "in_channels"))
     multiple = getattr(script, "multiple", lambda args: args.image_size)(args)
     root, names = listing(a.input)
     taken = collections.Counter(name.with_suffix("") for name in names)
@@ -124,7 +125,7 @@ def listing(path):
 
 
 def extended(x, multiple):
-    """x with height and width at the next multiple, reflected at its rims, and where x lies in it."""
+    """x reflected at its rims to the next multiple, and (top, left, height, width) of x in it."""
     height, width = x.shape[2:]
     more = [-length % multiple for length in (height, width)]
     rims = [(m // 2, m - m // 2) for m in more]
