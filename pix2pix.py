@@ -135,22 +135,27 @@ class UNetGenerator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [N, channels, H, W] in [-1, 1] -> a map of logits [N, 1, h, w], float32.
+    """Images [N, channels, H, W] in [-1, 1] -> scores [N, 1, h, w] of patches, unbounded, float32.
 
-    A logit sees 16, 34, 70, 142, 286 pixels for n_layers 1 to 5, then h = H / 2**n_layers - 2; with
-    n_layers 0 it sees one pixel, and h = H.
+    n_layers halvings, then two convolutions of kernel 4 at that resolution: fields of 16, 34, 70
+    pixels for 1, 2, 3; 0 judges single pixels. Isola et al. 2016, arXiv:1611.07004, section 6.1.2.
     """
 
-    def __init__(self, channels, width=16, n_layers=2, norm="batch"):
+    def __init__(self, channels, width, n_layers, norm="batch"):
         super().__init__()
-        kernel = 4 if n_layers else 1
-        dims = [width * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
-        blocks = [nn.Conv2d(channels, width, *((4, 2, 1) if n_layers else (1,))), nn.LeakyReLU(0.2)]
-        for i, (d_in, d_out) in enumerate(zip(dims, dims[1:]), 1):
-            shape = (4, 2 if i < n_layers else 1, 1) if n_layers else (1,)
-            blocks += [nn.Conv2d(d_in, d_out, *shape, bias=norm != "batch"), norm_layer(norm, d_out), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*blocks)
-        self.head = nn.Conv2d(dims[-1], 1, kernel, 1, 1 if n_layers else 0)
+        batch = norm == "batch"
+        normalise = nn.BatchNorm2d if batch else nn.InstanceNorm2d
+        kernel, padding = (4, 1) if n_layers else (1, 0)
+        strides = [2] * n_layers + [1] if n_layers else [1, 1]
+        layers, d_in = [], channels
+        for i, stride in enumerate(strides):
+            d_out = width * min(2**i, 8)
+            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=not (i and batch))]
+            layers += [normalise(d_out)] if i else []
+            layers += [nn.LeakyReLU(0.2)]
+            d_in = d_out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Conv2d(d_in, 1, kernel, 1, padding)
 
     def forward(self, x):
         h = self.body(x)
