@@ -208,6 +208,7 @@ def build(args):
     d = PatchDiscriminator(seen, args.width, args.patch_layers, args.norm)
     for net in (g, d):
         net.apply(initialise)
+    average = copy.deepcopy(g).eval().requires_grad_(False)
     nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
