@@ -52,18 +52,18 @@ class Args:
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions, losses stay fp32; auto = bf16 where that is faster
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
     graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 0  # CPU threads; 0 = as many as pay
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
     log_every: int = 50  # generator updates between rows of log.csv
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 10000  # generated images per evaluation
-    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 
@@ -96,7 +96,8 @@ class Generator(nn.Module):
         self.stem = nn.Linear(z_dim, dims[0] * 16, bias=False)
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [nn.BatchNorm2d(d_in), nn.ReLU(), nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
+            blocks += [nn.BatchNorm2d(d_in), nn.ReLU()]
+            blocks += [nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
         self.body = nn.Sequential(*blocks, nn.BatchNorm2d(dims[-1]), nn.ReLU())
         self.to_image = nn.ConvTranspose2d(dims[-1], channels, 4, 2, 1)
 
@@ -116,7 +117,8 @@ class Encoder(nn.Module):
         dims = [channels] + [width * 2**i for i in range(downs)]
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [nn.Conv2d(d_in, d_out, 4, 2, 1, bias=False), nn.BatchNorm2d(d_out), nn.ReLU()]
+            blocks += [nn.Conv2d(d_in, d_out, 4, 2, 1, bias=False)]
+            blocks += [nn.BatchNorm2d(d_out), nn.ReLU()]
         self.body = nn.Sequential(*blocks)
         self.head = nn.Linear(dims[-1] * 16, 2 * z_dim)
 
@@ -124,6 +126,15 @@ class Encoder(nn.Module):
         h = self.body(x).flatten(1)
         with torch.autocast(x.device.type, enabled=False):  # logvar is exponentiated
             return self.head(h.to(self.head.bias.dtype)).chunk(2, 1)
+
+
+class SNConv2d(nn.Conv2d):
+    """Convolution for spectral_norm, whose power iteration autocast must not take in bf16."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
 
 
 class Discriminator(nn.Module):
@@ -139,7 +150,7 @@ class Discriminator(nn.Module):
         dims = [channels] + [width * 2**i for i in range(downs)]
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [spectral_norm(nn.Conv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            blocks += [spectral_norm(SNConv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
         cut = max(2 * downs - 3, 1)
         self.features = nn.Sequential(*blocks[:cut])
         self.body = nn.Sequential(*blocks[cut:])
@@ -163,12 +174,12 @@ def reparameterize(mu, logvar):
 
 
 def prior_loss(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, I)), eq. 6. [N, z_dim], float32; sum over dimensions, mean over N."""
+    """KL(N(mu, exp(logvar)) || N(0, I)), [N, z_dim] each, float32; sum over z_dim, mean over N."""
     return 0.5 * (logvar.exp() + mu.square() - 1 - logvar).sum(1).mean()
 
 
 def llike_loss(h_rec, h_real):
-    """-log N(h_real; h_rec, I) without its constant, eq. 7 and 8: half the squared error.
+    """-log N(h_real; h_rec, I) without its constant: half the squared error.
 
     Features or images [N, ...], float32; sum over all of a sample, mean over N; scalar >= 0.
     """
@@ -176,13 +187,26 @@ def llike_loss(h_rec, h_real):
 
 
 def dis_loss(d_real, d_rec, d_prior):
-    """Cross-entropies of Dis, eq. 5 and algorithm 1. Logits [N] each, float32; means over N, summed."""
+    """Cross-entropies of Dis. Logits [N] each, float32; means over N, summed; scalar >= 0."""
     return F.softplus(-d_real).mean() + F.softplus(d_rec).mean() + F.softplus(d_prior).mean()
 
 
 def dec_adv_loss(d_rec, d_prior):
     """Non-saturating loss of Dec. Logits [N] each, float32; means over N, summed; scalar >= 0."""
     return F.softplus(-d_rec).mean() + F.softplus(-d_prior).mean()
+
+
+# ---- what is measured of images -----------------------------------------------------------------
+
+
+def sharpness(x):
+    """Mean square of the Laplacian of images [N, C, H, W], without their border; 0-d.
+
+    Blur lowers it and noise raises it; the mean slope would not do, which a blurred edge keeps.
+    """
+    inner = x[..., 1:-1, 1:-1]
+    sides = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    return (sides - 4 * inner).square().mean()
 
 
 # ---- assembly --------------------------------------------------------------------------------
@@ -209,16 +233,22 @@ def latents(n, args, generator=None):
 
 @torch.no_grad()
 def sample(nets, args, z):
-    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1], float32, from the averaged weights."""
     g = nets["generator_ema"]
     return g(z.to(next(g.parameters()).device))
 
 
 @torch.no_grad()
 def encode(nets, args, x):
-    """Images [N, channels, H, W] in [-1, 1] -> means of q(z|x) [N, z_dim] from the averaged weights."""
+    """Images [N, channels, H, W] in [-1, 1] -> means of q(z|x) [N, z_dim], averaged weights."""
     e = nets["encoder_ema"]
     return e(x.to(next(e.parameters()).device))[0]
+
+
+def between(z_a, z_b, t):
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on an arc as N(0, I) lies around a sphere."""
+    angle = F.cosine_similarity(z_a, z_b).clamp(-1 + 1e-6, 1 - 1e-6).acos()[:, None]
+    return (((1 - t) * angle).sin() * z_a + (t * angle).sin() * z_b) / angle.sin()
 
 
 @torch.no_grad()
@@ -240,9 +270,9 @@ def updates(nets, args):
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def autocast():
         on = args.precision == "bf16"
@@ -250,7 +280,7 @@ def updates(nets, args):
 
     opt_e, opt_g, opt_d = adam(enc), adam(g), adam(d)
     t = torch.zeros((), device=device)
-    adversary = args.lambda_adv or args.lambda_llike  # features need a Dis, though Dec may not see it
+    adversary = args.lambda_adv or args.lambda_llike  # features want a trained Dis as well
 
     def update(real):
         with autocast():
@@ -298,3 +328,68 @@ def updates(nets, args):
         return {name: value.detach() for name, value in logs.items()}
 
     return update, dict(opt_e=opt_e, opt_g=opt_g, opt_d=opt_d, t=t)
+
+
+def learning_rate(args, done):
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
+    return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
+
+
+def main(args):
+    """Train as args say; returns the run folder (pathlib.Path)."""
+    from common import data, graphs, processes, run, scores  # borrowed: replace to train elsewhere
+
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    images = data.load_images(
+        args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir
+    )
+    args.channels = images.channels
+    nets = build(args)
+    update, state = updates(nets, processes.share(args))  # its share of a batch
+    train = data.subset(images, args.subset)
+    batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
+    shown = latents(64, args, torch.Generator().manual_seed(args.seed))
+    held = (images.test or images).images[: args.eval_samples]  # codes of images not trained on
+
+    def reconstruct(x):
+        return sample(nets, args, encode(nets, args, x)).cpu()
+
+    def draw():
+        x = data.to_float(held[:32])
+        pairs = torch.stack([x, reconstruct(x)], 1).unflatten(0, (-1, 4)).flatten(1, 2)
+        return {"samples": sample(nets, args, shown), "reconstructions": pairs}
+
+    def generate(n, rng):
+        return sample(nets, args, latents(n, args, rng))
+
+    score_samples = scores.of_generator(generate, images, args)
+
+    def score():
+        row, found, error = score_samples(), [], 0.0
+        for part in held.split(500):
+            x = data.to_float(part)
+            y = reconstruct(x)
+            found.append(data.to_uint8(y))
+            error += (y - x).square().mean().item() * len(part) / len(held)
+        rec, few = torch.cat(found), held[:1000]
+        real = sharpness(data.to_float(few))
+        drawn = generate(len(few), torch.Generator().manual_seed(args.seed)).cpu()
+        return row | {
+            "rec_error": error,  # mean squared error of a pixel in [-1, 1]
+            "rec_fid": scores.distances(rec, held, args.features, device)["fid"],
+            "sharpness": (sharpness(drawn) / real).item(),
+            "rec_sharpness": (sharpness(data.to_float(rec[:1000])) / real).item(),
+        }
+
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        update = graphs.graph(update, device, args.graphs)
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            r.after_step(update(next(batches)))  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
+
+
+if __name__ == "__main__":
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
+    cli(main, Args, __doc__)
