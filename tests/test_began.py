@@ -10,7 +10,9 @@ from torch import nn
 
 import began
 from began import after_look, convergence_measure, discriminator_loss, recon_loss, update_k
-from tests.helpers import TinyGenerator, central_difference, states, still_losses, tiny
+from common import files
+from tests.helpers import TinyGenerator, central_difference, resume, states, still_losses
+from tests.helpers import tiny, train
 
 
 def images(n=8, channels=1, size=32, seed=1):
@@ -163,6 +165,15 @@ def test_m_is_looked_at_every_few_updates_whatever_is_logged():
         assert state["best"].item() == pytest.approx(best)
         rates.add(rate)
     assert len(rates) > 2  # it has stalled, and it has not
+
+
+def test_the_mean_of_m_is_of_all_updates_at_first():
+    _, update_d, update_g, state, _ = made(lr=3e-2)
+    found = []
+    for i in range(5):
+        update_d(images(seed=i))
+        found.append(update_g()["convergence"])
+    torch.testing.assert_close(state["m_mean"], torch.stack(found).mean())
 
 
 def test_without_looks_the_rate_stays():
@@ -432,3 +443,39 @@ def test_encode_leaves_the_networks_and_the_random_numbers_alone():
     left = began.residual(nets, args, x, z)
     torch.testing.assert_close(left, (x - began.sample(nets, args, z)).abs().mean((1, 2, 3)))
     assert (left < began.residual(nets, args, x, torch.zeros_like(z))).all()
+
+
+# ---- runs
+
+
+def kept(folder):
+    """What a checkpoint holds of networks and state."""
+    found = torch.load(folder / "checkpoint.pt")
+    return found["nets"], {k: v for k, v in found["state"].items() if k != "batches"}
+
+
+def test_a_run_that_goes_on_ends_in_the_same_bits(tmp_path):
+    short = dict(stall_steps=2, lambda_k=0.2, gamma=0.9, lr=3e-2, lr_decay=0.0, eval_every=0)
+    whole = train("began", tmp_path, steps=7, **short)
+    state = kept(whole)[1]
+    assert 0 < state["k"] < 1 and state["rate"] < 1 and state["m_sum"] > 0
+    assert state["opt_g"]["param_groups"][0]["lr"] == pytest.approx(3e-2 * state["rate"].item())
+    part = train("began", tmp_path / "part", steps=3, **short)
+    resume("began", part, steps=7)
+    torch.testing.assert_close(kept(part), kept(whole), rtol=0, atol=0)
+
+
+def test_a_run_shows_mirror_images_and_scores_m_and_the_residual(tmp_path):
+    folder = train("began", tmp_path, sample_every=1)
+    for name in ("samples", "reconstructions", "mirrored"):
+        assert (folder / f"{name}.png").exists() and (folder / name / "000002.png").exists()
+    (row,) = files.read_csv(folder / "metrics.csv")
+    assert float(row["residual"]) > 0
+    m = kept(folder)[1]["m_mean"].item()
+    assert float(row["convergence"]) == pytest.approx(m, abs=1e-6) and m > 0.1
+
+
+@pytest.mark.parametrize("name, value", [("gamma", 1.5), ("gamma", -0.5), ("stall_steps", -1)])
+def test_arguments_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        began.Args(**{name: value})

@@ -2,6 +2,8 @@
 
 Each of the mistakes that the docstring lists is computed here too, and seen to give something else.
 """
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 
 import ebgan
 from ebgan import discriminator_loss, energy, generator_loss, pulling_away_term
-from tests.helpers import TinyGenerator, assert_same, central_difference, states, still_losses, tiny
+from common.cli import Stopped
+from tests.helpers import TinyGenerator, assert_same, central_difference, resume, states
+from tests.helpers import still_losses, tiny, train
 
 
 def images(n=8, channels=1, size=32, seed=1):
@@ -388,3 +392,52 @@ def test_warm_up_trains_d_on_real_images_alone_and_is_counted():
     assert state["warmed"] == 31 and state["t"] == 0
     assert torch.equal(random, torch.get_rng_state())
     assert_same(others, all_but_d())
+
+
+# ---- runs
+
+
+def kept(folder):
+    """What a checkpoint holds of networks and state."""
+    found = torch.load(folder / "checkpoint.pt")
+    return found["nets"], {k: v for k, v in found["state"].items() if k != "batches"}
+
+
+def test_a_run_that_is_stopped_while_d_warms_up_ends_in_the_same_bits(tmp_path, monkeypatch):
+    short = dict(warmup_steps=4, margin_decay=1.0, eval_every=0)
+    whole = train("ebgan", tmp_path, steps=4, **short)
+    state = kept(whole)[1]
+    assert state["warmed"] == 4 and state["t"] == 4 and 0 < state["margin"] < 0.1
+    assert torch.load(whole / "checkpoint.pt")["state"]["batches"]["drawn"] == 8
+    make = ebgan.warm_up
+
+    def stopped(nets, args, state):
+        warm = make(nets, args, state)
+
+        def warm_and_stop(real):
+            if state["warmed"] == 1:
+                signal.raise_signal(signal.SIGINT)
+            return warm(real)
+
+        return warm_and_stop
+
+    monkeypatch.setattr(ebgan, "warm_up", stopped)
+    with pytest.raises(Stopped):
+        train("ebgan", tmp_path / "part", steps=2, **short)
+    monkeypatch.undo()
+    (part,) = (tmp_path / "part").iterdir()
+    assert kept(part)[1]["warmed"] == 2 and kept(part)[1]["t"] == 0
+    resume("ebgan", part, steps=4)
+    torch.testing.assert_close(kept(part), kept(whole), rtol=0, atol=0)
+
+
+def test_a_run_shows_images_and_what_d_makes_of_them(tmp_path):
+    folder = train("ebgan", tmp_path, sample_every=1, eval_every=0)
+    for name in ("samples", "reconstructions"):
+        assert (folder / f"{name}.png").exists() and (folder / name / "000002.png").exists()
+
+
+@pytest.mark.parametrize("name, value", [("margin_decay", 1.5), ("warmup_steps", -1), ("code_dim", 0)])
+def test_arguments_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        ebgan.Args(**{name: value})
