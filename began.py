@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Args:
     # method
     gamma: float = 0.5  # l(G(z)) / l(x) that is held: lower = better images, less diverse
     lambda_k: float = 0.01  # step size of k, the weight of l(G(z)) in the loss of D
+    lambda_pt: float = 0.1  # weight of the pulling-away term in the loss of G; 0 = off, the paper's
     stall_steps: int = 500  # generator updates after which lr halves unless M fell; 0 = never
     # networks
     z_dim: int = 64  # length of the latent vector and of the code of D
@@ -93,16 +95,15 @@ class Generator(nn.Module):
 
     The decoder of D is another one, with weights of its own."""
 
-    def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
+    def __init__(self, z_dim=64, channels=1, image_size=32, width=8):
         super().__init__()
-        self.stem = nn.Linear(z_dim, width * 64)
-        blocks = []
-        for i in range(image_size.bit_length() - 3):  # at 8 x 8, and after each doubling
-            blocks += [nn.Upsample(scale_factor=2)] if i else []
-            for _ in range(2):
-                blocks += [nn.Conv2d(width, width, 3, 1, 1), nn.ELU()]
+        dims = [width * 2**i for i in reversed(range(image_size.bit_length() - 3))]
+        self.stem = nn.Linear(z_dim, dims[0] * 64)
+        blocks = [nn.Conv2d(dims[0], dims[0], 3, 1, 1), nn.ELU()]  # at 8 x 8
+        for d_in, d_out in zip(dims, dims[1:]):
+            blocks += [nn.Upsample(scale_factor=2), nn.Conv2d(d_in, d_out, 3, 1, 1), nn.ELU()]
         self.body = nn.Sequential(*blocks)
-        self.to_image = nn.Conv2d(width, channels, 3, 1, 1)
+        self.to_image = nn.Conv2d(dims[-1], channels, 3, 1, 1)
 
     def forward(self, z):
         h = self.stem(z).unflatten(1, (-1, 8, 8))
@@ -115,20 +116,28 @@ class AutoEncoder(nn.Module):
     encoder: images -> codes [N, z_dim], a bottleneck; decoder: a network like G. No layer couples
     the images of a batch, so sets may share one call."""
 
-    def __init__(self, z_dim=64, channels=1, image_size=32, width=16):
+    def __init__(self, z_dim=64, channels=1, image_size=32, width=8):
         super().__init__()
-        blocks, d_in = [nn.Conv2d(channels, width, 3, 1, 1), nn.ELU()], width
-        for i in range(image_size.bit_length() - 3):
-            d_out = width * (i + 1)
-            blocks += [nn.Conv2d(d_in, d_in, 3, 2, 1), nn.ELU()] if i else []
-            for _ in range(2):
-                blocks += [nn.Conv2d(d_in, d_out, 3, 1, 1), nn.ELU()]
-                d_in = d_out
-        self.encoder = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(d_in * 64, z_dim))
+        dims = [width * 2**i for i in range(image_size.bit_length() - 3)]
+        blocks = [nn.Conv2d(channels, width, 3, 1, 1), nn.ELU()]
+        for d_in, d_out in zip(dims, dims[1:] + [None]):
+            blocks += [nn.Conv2d(d_in, d_in, 3, 1, 1), nn.ELU()]
+            blocks += [nn.Conv2d(d_in, d_out, 3, 2, 1), nn.ELU()] if d_out else []
+        self.encoder = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(dims[-1] * 64, z_dim))
         self.decoder = Generator(z_dim, channels, image_size, width)
 
     def forward(self, x):
         return self.decoder(self.encoder(x))
+
+
+@torch.no_grad()
+def initialise(layer):
+    """Glorot's weights and zero biases, as in the authors' code: torch's own weights let a signal
+
+    fade from layer to layer, and without normalisation nothing brings it back."""
+    if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(layer.weight)
+        layer.bias.zero_()
 
 
 # ---- losses: tensors in, scalar out, no state, no randomness ---------------------------------
@@ -170,6 +179,21 @@ def after_look(m, best, rate):
     return torch.minimum(m, best), torch.where(stalled, (rate / 2).clamp(min=1 / 16), rate)
 
 
+def pulling_away_term(s):
+    """Pulling-away term: squared cosine of two codes, mean over the N (N - 1) pairs of a batch.
+
+    s [N, ...], flattened from dim 1; at least float32; scalar in [0, 1]. Pairs with a code of zeros
+    count as 0, and so does a batch of one.
+    """
+    n = len(s)
+    if n == 1:
+        return at_least_float32(s).sum() * 0
+    with torch.autocast(s.device.type, enabled=False):
+        s = F.normalize(at_least_float32(s).flatten(1), dim=1, eps=1e-8)
+        squares = (s @ s.T).square()
+    return (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
+
+
 # ---- assembly --------------------------------------------------------------------------------
 
 
@@ -180,6 +204,8 @@ def build(args):
     channels = args.channels or 1
     g = Generator(args.z_dim, channels, args.image_size, args.width)
     d = AutoEncoder(args.z_dim, channels, args.image_size, args.width)
+    for net in (g, d):
+        net.apply(initialise)
     average = copy.deepcopy(g).eval().requires_grad_(False)
     nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
@@ -280,14 +306,21 @@ def updates(nets, args):
         z = prior(args.batch_size)
         with autocast():
             fake = g(z)
-            x_rec = d(fake)
-        loss = recon_loss(x_rec, fake)  # fake is the target too, and not detached
+            code = d.encoder(fake)
+            x_rec = d.decoder(code)
+        loss_fake = recon_loss(x_rec, fake)  # fake is the target too, and not detached
+        loss, logs = loss_fake, {}
+        if args.lambda_pt:
+            pt = pulling_away_term(code)
+            loss = loss + args.lambda_pt * pt
+            logs["pt"] = pt.detach()
         opt_g.zero_grad()
         loss.backward(inputs=list(g.parameters()))  # through D, which keeps none
         opt_g.step()
         t.add_(1)
         update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
-        return {"loss_g": loss.detach()} | balance(loss.detach().to(k.dtype))
+        logs |= {"loss_g": loss.detach(), "loss_fake": loss_fake.detach()}
+        return logs | balance(loss_fake.detach().to(k.dtype))
 
     def balance(loss_fake):
         both = torch.stack([loss_real, loss_fake])
