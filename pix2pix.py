@@ -15,9 +15,10 @@ Run      python pix2pix.py                                 # built-in blueprints
 Use      from pix2pix import Args, build, sample           # needs torch only
 
 Commonly done wrong: D that never sees the input; input and target in another order for real than
-for generated pairs; a crop or mirroring of one of the two; dropout on the outer layers or, in small
-networks, nowhere, and off at test; the sum in place of the mean in L1, or images in [0, 1], either of
-which changes what lambda_l1 100 means; a sigmoid before a loss that has its own.
+for generated pairs; one of the two cropped or mirrored alone; dropout in the encoder, or nowhere in
+a small network, or off at test; the sum in place of the mean in L1, or images in [0, 1], each of
+which changes what a weight of 100 means; targets of a fixed shape in place of that of D's map;
+batches of 1 with BatchNorm, and its running statistics at test.
 """
 import copy
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Args:
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.999  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per update
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions, losses stay fp32; auto = bf16 where that is faster
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
     graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
@@ -70,7 +71,7 @@ class Args:
     sample_every: int = 500  # updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # updates between evaluations; 0 = only at the end
     eval_samples: int = 1000  # test pairs per evaluation, at most as many as there are
-    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network of the metrics
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 
@@ -81,10 +82,13 @@ class Args:
             raise ValueError("lambda_adv and lambda_l1 are both 0: nothing is left to train on")
         if not 0 <= self.patch_layers <= 5:
             raise ValueError(f"patch_layers must be 0 to 5, got {self.patch_layers}")
+        if self.image_size < 16:
+            raise ValueError(f"image_size must be at least 16, got {self.image_size}")
         if self.patch_layers and self.image_size >> self.patch_layers < 3:
-            raise ValueError(f"patch_layers {self.patch_layers} leaves no map of {self.image_size} px: take fewer")
+            what = f"patch_layers {self.patch_layers} with image_size {self.image_size}"
+            raise ValueError(f"{what} leaves no map of scores: take fewer")
         if self.norm == "batch" and self.batch_size == 1:
-            raise ValueError("statistics of single images are not those of a set: pass --norm instance with batches of 1")
+            raise ValueError("batches of 1 have no statistics that hold at test: --norm instance")
 
 
 # ---- networks ------------------------------------------------------------------------------
@@ -102,7 +106,9 @@ class UNetGenerator(nn.Module):
     decoder without the links between them. Dropout in the innermost layers is the only noise.
     """
 
-    def __init__(self, in_channels, out_channels, image_size=64, width=16, norm="batch", skips=True):
+    def __init__(
+        self, in_channels, out_channels, image_size=64, width=16, norm="batch", skips=True
+    ):
         super().__init__()
         levels = image_size.bit_length() - 1
         dims = [width * min(2**i, 8) for i in range(levels)]
@@ -135,22 +141,27 @@ class UNetGenerator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [N, channels, H, W] in [-1, 1] -> a map of logits [N, 1, h, w], float32.
+    """Images [N, channels, H, W] in [-1, 1] -> scores [N, 1, h, w] of patches, unbounded, float32.
 
-    A logit sees 16, 34, 70, 142, 286 pixels for n_layers 1 to 5, then h = H / 2**n_layers - 2; with
-    n_layers 0 it sees one pixel, and h = H.
+    n_layers halvings, then two convolutions of kernel 4 at that resolution: fields of 16, 34, 70
+    pixels for 1, 2, 3; 0 judges single pixels. Isola et al. 2016, arXiv:1611.07004, section 6.1.2.
     """
 
-    def __init__(self, channels, width=16, n_layers=2, norm="batch"):
+    def __init__(self, channels, width, n_layers, norm="batch"):
         super().__init__()
-        kernel = 4 if n_layers else 1
-        dims = [width * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
-        blocks = [nn.Conv2d(channels, width, *((4, 2, 1) if n_layers else (1,))), nn.LeakyReLU(0.2)]
-        for i, (d_in, d_out) in enumerate(zip(dims, dims[1:]), 1):
-            shape = (4, 2 if i < n_layers else 1, 1) if n_layers else (1,)
-            blocks += [nn.Conv2d(d_in, d_out, *shape, bias=norm != "batch"), norm_layer(norm, d_out), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*blocks)
-        self.head = nn.Conv2d(dims[-1], 1, kernel, 1, 1 if n_layers else 0)
+        batch = norm == "batch"
+        normalise = nn.BatchNorm2d if batch else nn.InstanceNorm2d
+        kernel, padding = (4, 1) if n_layers else (1, 0)
+        strides = [2] * n_layers + [1] if n_layers else [1, 1]
+        layers, d_in = [], channels
+        for i, stride in enumerate(strides):
+            d_out = width * min(2**i, 8)
+            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=not (i and batch))]
+            layers += [normalise(d_out)] if i else []
+            layers += [nn.LeakyReLU(0.2)]
+            d_in = d_out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Conv2d(d_in, 1, kernel, 1, padding)
 
     def forward(self, x):
         h = self.body(x)
@@ -162,12 +173,12 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(d_real, d_fake):
-    """Half the cross-entropy of real against generated. Logits of any shape; each a mean over all."""
+    """Half the cross-entropy of real against generated. Logits [N, 1, h, w]; each mean over all."""
     return 0.5 * (F.softplus(-d_real).mean() + F.softplus(d_fake).mean())
 
 
 def generator_adv_loss(d_fake):
-    """Non-saturating loss -E[log D(a, G(a))]. Logits of any shape; mean over all; scalar >= 0."""
+    """Non-saturating loss -E[log D(a, G(a))]. Logits [N, 1, h, w]; mean over all; scalar >= 0."""
     return F.softplus(-d_fake).mean()
 
 
@@ -179,22 +190,26 @@ def l1_loss(fake_b, real_b):
 # ---- assembly --------------------------------------------------------------------------------
 
 
-def ends(args):
-    """Channels of the input and of the target, in the direction of args."""
-    both = args.channels_a or 3, args.channels_b or 3
-    return both if args.direction == "AtoB" else both[::-1]
+def ends(pair, args):
+    """Pairs [N, CA + CB, H, W] -> input and target, in the direction of args."""
+    a, b = pair.split((args.channels_a or 3, args.channels_b or 3), 1)
+    return (a, b) if args.direction == "AtoB" else (b, a)
 
 
 def build(args):
     """Networks on args.device: generator, discriminator, and generator_ema, the one sampled."""
     cuda = args.device == "auto" and torch.cuda.is_available()
     device = "cuda" if cuda else args.device.replace("auto", "cpu")
-    source, target = ends(args)
+    source, target = args.channels_a or 3, args.channels_b or 3
+    if args.direction == "BtoA":
+        source, target = target, source
     g = UNetGenerator(source, target, args.image_size, args.width, args.norm, args.skips)
-    d = PatchDiscriminator(source * args.condition + target, args.width, args.patch_layers, args.norm)
+    seen = source * args.condition + target
+    d = PatchDiscriminator(seen, args.width, args.patch_layers, args.norm)
     for net in (g, d):
         net.apply(initialise)
-    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    average = copy.deepcopy(g).eval().requires_grad_(False)
+    nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
 
@@ -227,16 +242,15 @@ def sample(nets, args, x, dropout=True):
 def jittered(pair, enlarge=True, mirror=True):
     """Pairs [N, C, S, S] in [-1, 1]: each enlarged, cropped and mirrored as one (section 6.2)."""
     n, _, size, _ = pair.shape
-    row = column = torch.arange(size, device=pair.device).expand(n, size)
+    device, large = pair.device, round(size * 286 / 256)
+    rows = columns = torch.arange(size, device=device).expand(n, size)
     if enlarge:
-        large = round(size * 286 / 256)
-        pair = F.interpolate(pair, size=(large, large), mode="bicubic", align_corners=False).clamp(-1, 1)
-        row, column = (torch.randint(large - size + 1, (n, 1), device=pair.device) + at for at in (row, column))
+        pair = F.interpolate(pair, large, mode="bicubic").clamp(-1, 1)
+        rows, columns = torch.randint(large - size + 1, (2, n, 1), device=device) + rows
     if mirror:
-        column = torch.where(torch.rand(n, 1, device=pair.device) < 0.5, column, column.flip(1))
-    images = torch.arange(n, device=pair.device).view(n, 1, 1)
-    pixels = pair.movedim(1, -1)[images, row.unsqueeze(2), column.unsqueeze(1)]
-    return pixels.movedim(-1, 1)  # channels_last
+        columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns, columns.flip(1))
+    image = torch.arange(n, device=device).view(n, 1, 1)
+    return pair.movedim(1, -1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].movedim(-1, 1)
 
 
 @torch.no_grad()
@@ -259,25 +273,22 @@ def updates(nets, args):
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def autocast():
         on = args.precision == "bf16"
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
     opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
-    channels = args.channels_a or 3, args.channels_b or 3
 
     def judge(a, b):
         with autocast():
             return d(torch.cat([a, b], 1) if args.condition else b)
 
     def update(pair):
-        a, b = jittered(pair, args.jitter, args.mirror).split(channels, 1)
-        if args.direction == "BtoA":
-            a, b = b, a
+        a, b = ends(jittered(pair, args.jitter, args.mirror), args)
         with autocast():
             fake = g(a)
         fake = fake.to(b.dtype)
@@ -288,17 +299,16 @@ def updates(nets, args):
             opt_d.zero_grad()
             loss_d.backward()
             opt_d.step()
-            d.requires_grad_(False)  # gradients pass through D, none are kept for it
             loss_adv = generator_adv_loss(judge(a, fake))
-            d.requires_grad_(True)
             loss_g = args.lambda_adv * loss_adv
-            losses |= {"loss_d": loss_d, "loss_adv": loss_adv, "d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
+            losses |= {"loss_d": loss_d, "loss_adv": loss_adv}
+            losses |= {"d_real": d_real.sigmoid().mean(), "d_fake": d_fake.sigmoid().mean()}
         if args.lambda_l1:
             loss_l1 = l1_loss(fake, b)
             loss_g = loss_g + args.lambda_l1 * loss_l1
             losses |= {"loss_l1": loss_l1}
         opt_g.zero_grad()
-        loss_g.backward()
+        loss_g.backward(inputs=list(g.parameters()))  # through D, which keeps none
         opt_g.step()
         t.add_(1)
         update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
@@ -308,5 +318,66 @@ def updates(nets, args):
 
 
 def learning_rate(args, done):
-    """Adam's step size when the share done of the run is behind: constant, then linear to 0."""
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
     return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
+
+
+def main(args):
+    """Train as args say; returns the run folder (pathlib.Path)."""
+    from common import data, features, graphs, processes, run, scores  # borrowed: see lsgan.py
+
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    pairs = data.load_pairs(args.dataset, args.data_dir, args.image_size, args.cache_dir)
+    if pairs.test is None:
+        raise ValueError(f"{args.dataset} has no pairs in a folder test, which scores are made on")
+    args.channels_a, args.channels_b = pairs.channels
+    nets = build(args)
+    update, state = updates(nets, processes.share(args))  # its share of a batch
+    train = data.subset(pairs, args.subset)
+    batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
+    source, target = ends(data.to_float(pairs.test.images[: args.eval_samples]), args)
+    feature_name = features.resolve(args.features, target.shape[1])
+    baselines = {}
+
+    def translate(x):
+        torch.manual_seed(args.seed)  # the same noise each time; run keeps training's apart
+        return torch.cat([sample(nets, args, part).cpu() for part in x.split(64)])
+
+    def coloured(x, channels=3):
+        return x if x.shape[1] == channels else x.mean(1, True).expand(-1, channels, -1, -1)
+
+    def draw():
+        rows = source[:16], translate(source[:16]), target[:16]
+        return {"samples": torch.stack([coloured(x) for x in rows], 1)}
+
+    def distances(images):
+        both = data.to_uint8(images), data.to_uint8(target)
+        return scores.distances(*both, feature_name, device)
+
+    def compare(images):
+        errors = dict(l1=l1_loss(images, target).item(), psnr=scores.psnr(images, target))
+        return distances(images) | errors | dict(ssim=scores.ssim(images, target))
+
+    def score():
+        if not baselines:
+            known = ends(data.to_float(train.images[: args.eval_samples]), args)[1]
+            baselines["input"] = compare(coloured(source, target.shape[1]))
+            baselines["mean of training"] = compare(known.mean(0).expand_as(target))
+            baselines["training images"] = distances(known)
+        row = {"n": len(target), "features": feature_name} | compare(translate(source))
+        return row | {"baselines": baselines}
+
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        advice = "D has won, G learns from L1 alone: more pairs, fewer patch_layers or a lower lr"
+        r.warn_below("loss_d", 0.01, advice)
+        update = graphs.graph(update, device, args.graphs)
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            r.after_step(update(next(batches)))  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
+
+
+if __name__ == "__main__":
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
+    cli(main, Args, __doc__)

@@ -26,16 +26,10 @@ CHUNK = 1000  # images drawn at once; part of what determines them
 SCENES = 20  # the same for blueprints and stripes, whose pictures are larger
 VERSION = 1  # of the drawing; raise it with every change that alters a pixel
 
-# classes of a label map and their colours there
+# classes of a label map, and their colours there
 SKY, WALL, ROOF, WINDOW, SHUTTER, DOOR, BALCONY, CORNICE, SILL, STREET = range(10)
-LABELS = (
-    (13, 27, 62), (38, 84, 160), (120, 40, 74), (86, 204, 242), (111, 94, 196),
-    (235, 94, 85), (250, 163, 72), (244, 236, 166), (152, 230, 168), (70, 76, 92),
-)  # fmt: skip
-PLASTER = (
-    (206, 178, 138), (222, 208, 180), (196, 128, 98), (158, 74, 58), (176, 184, 186),
-    (214, 176, 92), (168, 182, 150), (152, 172, 196), (226, 184, 170), (120, 104, 96),
-)  # fmt: skip
+LABELS = "0d1b3e 2654a0 78284a 56ccf2 6f5ec4 eb5e55 faa348 f4eca6 98e6a8 464c5c"
+PLASTER = "ceb28a ded0b4 c48062 9e4a3a b0b8ba d6b05c a8b696 98acc4 e2b8aa 786860"
 
 
 def digits(n, seed):
@@ -64,9 +58,9 @@ def digits(n, seed):
 def blueprints(n, seed, size=64):
     """n houses -> label maps and pictures of them, both uint8 [n, 3, size, size].
 
-    The label map has the 10 colours of LABELS and determines where everything is; colours, light
-    and texture of the picture vary freely. All of it follows from seed alone; fewer houses are a
-    prefix of more, and other sizes show the same houses.
+    The label map has the 10 colours of LABELS and says where everything is; colours, light and
+    texture of the picture vary freely. All of it follows from seed alone; fewer houses are a prefix
+    of more, and other sizes show the same houses.
     """
     return _scenes("blueprints", _house, n, seed, size)
 
@@ -155,39 +149,41 @@ def _draw(field, labels, draw):
 def _scenes(name, draw, n, seed, size):
     pictures = torch.empty(2, n, 3, size, size, dtype=torch.uint8)
     for first in range(0, n, SCENES):
-        pair = draw(_Dice(generator(name, seed, first)), size)
+        pair = draw(_Dice(generator(name, seed, first)), 2 * size)
         for whole, part in zip(pictures, pair):
+            if part.is_floating_point():  # [0, 1], at twice the size: edges get smooth
+                part = (F.avg_pool2d(part, 2).clamp(0, 1) * 255).round()
             whole[first : first + SCENES] = part[: n - first]
         terminal.progress(f"drawing {name} {min(first + SCENES, n)}/{n}")
     return tuple(pictures)
 
 
 class _Dice:
-    """Random numbers for SCENES pictures, shaped to go with [SCENES, size, size]."""
+    """Random numbers for SCENES pictures, shaped to go with their pixels."""
 
     def __init__(self, draw):
         self.draw = draw
 
-    def uniform(self, low, high, *shape):
+    def __call__(self, low, high, *shape):
         return low + (high - low) * torch.rand(SCENES, *(shape or (1, 1)), generator=self.draw)
 
-    def whole(self, low, high):
-        """low to high, both included, as floats."""
-        return torch.randint(low, high + 1, (SCENES, 1, 1), generator=self.draw).float()
-
     def happens(self, share):
-        return self.uniform(0, 1) < share
+        return self(0, 1) < share
 
-    def one_of(self, colours, jitter):
-        """[SCENES, 3, 1, 1] in [0, 1]: a colour for each picture, moved by up to jitter."""
+    def colour(self, choice, jitter):
+        """[SCENES, 3, 1, 1] in [0, 1]: one of the colours for each picture, moved up to jitter."""
+        colours = _colours(choice)
         which = torch.randint(len(colours), (SCENES,), generator=self.draw)
-        colour = torch.tensor(colours)[which].view(-1, 3, 1, 1) / 255
-        return (colour + self.uniform(-jitter, jitter, 3, 1, 1)).clamp(0, 1)
+        return (colours[which, :, None, None] / 255 + self(-jitter, jitter, 3, 1, 1)).clamp(0, 1)
 
-    def smooth(self, points, size):
-        """Smooth noise [SCENES, 1, size, size] of unit spread at its points x points knots."""
-        knots = torch.randn(SCENES, 1, points, points, generator=self.draw)
-        return F.interpolate(knots, size, mode="bicubic", align_corners=True)
+    def noise(self, down, across, size, mode="bicubic"):
+        """Noise [SCENES, 1, size, size] of unit spread at down x across knots."""
+        knots = torch.randn(SCENES, 1, down, across, generator=self.draw)
+        return F.interpolate(knots, size, mode=mode)
+
+
+def _colours(text):
+    return torch.tensor([list(bytes.fromhex(word)) for word in text.split()], dtype=torch.uint8)
 
 
 def _axes(size):
@@ -195,183 +191,159 @@ def _axes(size):
     return axis.view(1, 1, -1), axis.view(1, -1, 1)
 
 
-def _bytes(picture, size):
-    """[0, 1] at any multiple of size -> uint8 at size, so edges are antialiased."""
-    return (F.adaptive_avg_pool2d(picture, size).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def _house(dice, size):
-    plan = _plan(dice)
-    classes = _parts(plan, size).classes.long()
-    labels = torch.tensor(LABELS, dtype=torch.uint8)[classes].movedim(-1, 1)
-    return labels, _bytes(_photograph(plan, dice, 2 * size), size)
+    at = _layout(dice, size)
+    labels = _colours(LABELS)[at.classes[:, ::2, ::2].long()].movedim(-1, 1)
+    return labels, _photograph(dice, at)
 
 
-def _plan(dice):
-    """What decides the layout, each [SCENES, 1, 1]; of every cell, [SCENES, 8, 8]."""
-    p = SimpleNamespace()
-    p.left, p.right = dice.uniform(-0.02, 0.1), 1 - dice.uniform(-0.02, 0.1)
-    p.ridge = dice.uniform(0.05, 0.14)  # from the top: ridge, eaves, ground floor, street
-    p.eaves = p.ridge + dice.uniform(0.03, 0.13)
-    p.street = dice.uniform(0.91, 0.96)
-    p.floors, p.columns = dice.whole(2, 4), dice.whole(3, 5)
-    p.ground = p.street - (p.street - p.eaves) / (p.floors + 1) * dice.uniform(0.9, 1.2)
-    p.slope = dice.uniform(0, 1.2)  # of the roof's ends
-    p.cornice = dice.uniform(0.018, 0.034)
-    p.half = dice.uniform(0.17, 0.27)  # of a window's width, in cells
-    p.head, p.foot = dice.uniform(0.16, 0.28), dice.uniform(0.76, 0.84)  # of a window, in floors
-    p.arch = dice.uniform(0.06, 0.16) * dice.happens(0.35)
-    p.shutters, p.shop, p.belts = dice.happens(0.35), dice.happens(0.4), dice.happens(0.5)
-    p.dormers = dice.happens(0.5)
-    p.balconies = dice.uniform(0, 0.6) * dice.happens(0.65)  # their share of the cells
-    p.door = (dice.uniform(0, 1) * p.columns).floor()
-    p.chimneys = [(dice.uniform(0.12, 0.88), dice.happens(0.5)) for _ in range(2)]
-    p.chance = dice.uniform(0, 1, 8, 8)
-    return p
-
-
-def _parts(p, size):
-    """Classes of all pixels, [SCENES, size, size], and where a pixel lies in its cell."""
+def _layout(dice, size):
+    """Classes of all pixels, [SCENES, size, size], and where each pixel lies in its cell."""
     x, y = _axes(size)
-    top = p.eaves + p.cornice
-    across = (x - p.left) / (p.right - p.left) * p.columns
-    down = (y - top) / (p.ground - top) * p.floors
-    column, on_ground = across.floor().clamp(0, 7), y >= p.ground
-    floor = torch.where(on_ground, p.floors, down.floor().clamp(0, 7))
+    left, right = dice(-0.02, 0.1), 1 - dice(-0.02, 0.1)
+    ridge = dice(0.05, 0.14)
+    eaves, street = ridge + dice(0.03, 0.13), dice(0.91, 0.96)
+    floors, columns = dice(2, 5).floor(), dice(3, 6).floor()
+    ground = street - (street - eaves) / (floors + 1) * dice(0.9, 1.2)  # where its floor begins
+    top = eaves + dice(0.018, 0.034)
+    narrow = dice(0.17, 0.27)  # half of a window's width, in cells
+    above, below = dice(0.16, 0.28), dice(0.76, 0.84)  # ends of a window, in floors
+    arch = dice(0.06, 0.16) * dice.happens(0.35)
+    shutters, shops, belts, dormers = (dice.happens(share) for share in (0.35, 0.4, 0.5, 0.5))
+    balconies = dice(0, 0.6) * dice.happens(0.65)  # their share of the windows
+
+    across = (x - left) / (right - left) * columns
+    column, on_ground = across.floor().clamp(0, 7), y >= ground
+    down = (y - top) / (ground - top) * floors
+    floor = torch.where(on_ground, floors, down.floor().clamp(0, 7))
     u = across - column - 0.5
-    v = torch.where(on_ground, (y - p.ground) / (p.street - p.ground), down - floor)
+    v = torch.where(on_ground, (y - ground) / (street - ground), down - floor)
     cell = (floor * 8 + column).long().flatten(1)
-    chance = p.chance.flatten(1).gather(1, cell).view(-1, size, size)
-    front = (across >= 0) & (across < p.columns) & (y >= top) & (y < p.street)
+    chance = dice(0, 1, 64).gather(1, cell).view(-1, size, size)  # one number for each cell
 
-    shop, door = on_ground & p.shop, on_ground & (column == p.door)
-    half = torch.where(door, 0.24, torch.where(shop, 0.38, p.half))
-    head = torch.where(door, 0.2, p.head)
-    foot = torch.where(door, 1.0, p.foot)
-    beside = u.abs() < half
-    tall = (v > head + p.arch * (u / half).square()) & (v < foot)
-    present = front & ((chance > 0.07) | on_ground)
-    above = y < p.eaves
-    loft = p.dormers & above & (u.abs() < 0.15) & ((y - p.ridge) > 0.4 * (p.eaves - p.ridge)) & (column % 2 == 1)
-    wide = (x > p.left - 0.015) & (x < p.right + 0.015)
-    roof = above & (y > p.ridge) & ((x - p.left).minimum(p.right - x) > p.slope * (p.eaves - y) - 0.01)
-    balcony = present & ~on_ground & (chance < 0.07 + p.balconies) & (u.abs() < p.half + 0.13) & (v > foot - 0.26) & (v < foot + 0.07)
+    front = (across >= 0) & (across < columns) & (y >= top) & (y < street)
+    upstairs, roof = front & ~on_ground, (y > ridge) & (y < eaves)
+    door = front & on_ground & (column == (dice(0, 1) * columns).floor())
+    half = torch.where(door, 0.24, torch.where(on_ground & shops, 0.38, narrow))
+    head, foot = torch.where(door, 0.2, above), torch.where(door, 1.0, below)
+    pane = (u.abs() < half) & (v > head + arch * (u / half).square()) & (v < foot)
+    window = front & (on_ground | (chance > 0.07)) & ~door
+    ends = (x - left).minimum(right - x) + 0.015
+    loft = (u.abs() < 0.15) & (column % 2 == 1) & (y > 0.6 * ridge + 0.4 * eaves)
+    beside = (u.abs() < 0.47) & (u.abs() < 1.8 * half) & (v > head + arch) & (v < foot)
+    belt = belts & (floor > 0) & (v < 0.07)
+    chimney = ((x - dice(0.15, 0.85)).abs() < 0.03) & (y > ridge - 0.045) & (y < eaves)
+    ledge = (y >= eaves) & (y < top) | (y >= ground - 0.6 * (top - eaves)) & (y < ground)
 
-    classes = torch.full((SCENES, size, size), SKY, dtype=torch.uint8)
-
-    def paint(kind, where):
+    classes = torch.full((SCENES, size, size), SKY)
+    for kind, where in (
+        (WALL, chimney),
+        (ROOF, roof & (ends > dice(0, 1.2) * (eaves - y))),
+        (WINDOW, roof & dormers & loft),
+        (WALL, front),
+        (SHUTTER, window & upstairs & shutters & beside),
+        (CORNICE, upstairs & belt),
+        (WINDOW, window & pane),
+        (SILL, window & (u.abs() < half + 0.05) & (v >= foot) & (v < foot + 0.07)),
+        (DOOR, door & pane),
+        (CORNICE, (ends > 0) & ledge),
+        (STREET, y >= street),
+    ):
         classes.masked_fill_(where, kind)
-
-    for place, there in p.chimneys:
-        paint(WALL, there & ((x - place).abs() < 0.03) & above & (y > p.ridge - 0.045))
-    paint(ROOF, roof)
-    paint(WINDOW, roof & loft)
-    paint(WALL, front)
-    paint(SHUTTER, present & p.shutters & ~on_ground & (u.abs() < 0.47) & (u.abs() < 1.8 * half) & (v > head + p.arch) & (v < foot))
-    paint(CORNICE, p.belts & front & ~on_ground & (floor > 0) & (v < 0.07))
-    paint(WINDOW, present & beside & tall & ~door)
-    paint(SILL, present & ~door & (u.abs() < half + 0.05) & (v >= foot) & (v < foot + 0.07))
-    paint(DOOR, front & door & beside & tall)
-    paint(CORNICE, wide & ((y >= p.eaves) & (y < top) | (y >= p.ground - 0.6 * p.cornice) & (y < p.ground)))
-    paint(STREET, y >= p.street)
-    unbarred = classes.clone()
-    paint(BALCONY, balcony)
-    return SimpleNamespace(classes=classes, unbarred=unbarred, x=x, y=y, u=u, v=v, across=across, half=half, head=head, foot=foot, chance=chance)
+    balcony = window & upstairs & (chance < 0.07 + balconies) & (u.abs() < half + 0.13)
+    behind = classes
+    classes = classes.masked_fill(balcony & (v > foot - 0.26) & (v < foot + 0.07), BALCONY)
+    bar = 0.006 * columns / (right - left)  # half of a glazing bar, in cells
+    return SimpleNamespace(**locals())
 
 
-def _photograph(p, dice, size):
+def _photograph(dice, at):
     """Pictures [SCENES, 3, size, size] in [0, 1]: paint, detail, shadows, then light and noise."""
-    at = _parts(p, size)
-    kind = at.unbarred.unsqueeze(1)
-    wall, white = dice.one_of(PLASTER, 0.05), dice.one_of(((238, 232, 220), (214, 206, 190), (196, 190, 184)), 0.03)
-    sky = dice.one_of(((112, 164, 220), (164, 188, 212), (202, 208, 214), (238, 196, 150)), 0.03)
-    paint = dice.one_of(((62, 92, 78), (52, 74, 112), (112, 58, 46), (84, 84, 88), (140, 104, 66)), 0.03)
+    wanted = at.u, at.v, at.x, at.y, at.across, at.half, at.head, at.foot, at.bar, at.chance
+    u, v, x, y, across, half, head, foot, bar, chance = (t.unsqueeze(1) for t in wanted)
+    kind, size, off_centre = at.behind.unsqueeze(1), at.size, u.abs()
+    wall, white = dice.colour(PLASTER, 0.05), dice.colour("eee8dc d6cebe c4beb8", 0.03)
+    paint = dice.colour("3e5c4e 344a70 703a2e 545458 8c6842", 0.03)
+    sky = dice.colour("70a4dc a4bcd4 cad0d6 eec496", 0.03)
+    slate = dice.colour("603e34 525864 8e523c 403e42", 0.03)
+    glass, road = (dice.colour(c, 0.02) for c in ("2c384a 3e4850 222834", "807e7a 68686a 928a7e"))
     frame = torch.where(dice.happens(0.7).unsqueeze(1), white, paint)
-    glass = dice.one_of(((44, 56, 74), (62, 72, 80), (34, 40, 52)), 0.02)
-    slate = dice.one_of(((96, 62, 52), (82, 88, 100), (142, 82, 60), (64, 62, 66)), 0.03)
-    road = dice.one_of(((128, 126, 122), (104, 104, 106), (146, 138, 126)), 0.02)
-    bricks, light, warmth = dice.uniform(0, 0.1), dice.uniform(-0.25, 0.25), dice.uniform(-0.04, 0.04)
-    exposure = dice.uniform(0.85, 1.12)
 
-    def near(a, b, width):
-        return ((a - b).abs() < width).unsqueeze(1)
+    def striped(t, period, share):
+        return ((t / period) % 1 < share).float()
 
-    def over(picture, where, colour):
-        return torch.where(where, colour, picture)
+    stone, seam = dice.noise(32, 16, size, "nearest"), striped(y, 1 / 32, 0.3)
+    stains = 1 + 0.035 * dice.noise(6, 6, size) - 0.16 * (y - 0.75).clamp(min=0)
+    bricks = stains + dice(0, 0.1).unsqueeze(1) * (0.6 * stone - 1.2 * seam)
+    mirror = (0.5 + 1.5 * (u - v + 0.4) + 4 * (chance - 0.5)).clamp(0, 1)
+    pane = glass + 0.45 * (sky - glass) * mirror
+    lamp = _colours("f5c773")[0].view(3, 1, 1) / 255 * (1.05 - 0.35 * v)
+    panels = ((off_centre - 0.12).abs() < 0.07) & ((v - 0.65).abs() < 0.27)
+    rim = half - off_centre < 2.2 * bar
+    bars = rim | (off_centre < bar) | ((v - 0.62 * head - 0.38 * foot).abs() < 0.03)
+    curtains = (chance * 17 % 1 > 0.5) & (off_centre > 0.55 * half)
+    rails = (striped(across, 1 / 9, 0.4) > 0) | (v < foot - 0.21)
+    window, door, balcony = kind == WINDOW, kind == DOOR, (at.classes == BALCONY).unsqueeze(1)
 
-    clouds = 0.08 * dice.smooth(5, size) + 0.05 * dice.smooth(11, size)
-    picture = sky + (1 - sky) * (0.55 * at.y.unsqueeze(1) + clouds).clamp(0, 1)
-    stains = 1 + 0.035 * dice.smooth(6, size) - 0.16 * (at.y.unsqueeze(1) - 0.75).clamp(min=0)
-    each = F.interpolate(torch.randn(SCENES, 1, 32, 16, generator=dice.draw), size, mode="nearest")
-    seams = ((at.y * 32) % 1 < 0.3).float().unsqueeze(1)
-    masonry = stains + bricks.unsqueeze(1) * (0.6 * each - 1.2 * seams)
-    for k, colour, rough in (
-        (WALL, wall, masonry), (ROOF, slate * (0.9 + 0.25 * each.abs() * (1 - seams)), stains), (SHUTTER, paint, 1 - 0.25 * ((at.v * 12) % 1 < 0.4).unsqueeze(1)),
-        (DOOR, 0.8 * paint, 1.0), (CORNICE, white, stains), (SILL, white, 0.95), (STREET, road, stains + 0.04 * each),
-    ):  # fmt: skip
-        picture = over(picture, kind == k, colour * rough)
+    clouds = 0.08 * dice.noise(5, 5, size) + 0.05 * dice.noise(11, 11, size)
+    picture = sky + (1 - sky) * (0.55 * y + clouds).clamp(0, 1)
+    for where, colour in (
+        (kind == WALL, wall * bricks),
+        (kind == ROOF, slate * (0.9 + 0.25 * stone.abs() * (1 - seam)) * stains),
+        (kind == SHUTTER, paint * (1 - 0.25 * striped(v, 1 / 12, 0.4))),
+        (kind == CORNICE, white * stains),
+        (kind == SILL, white * 0.95),
+        (kind == STREET, road * (stains + 0.04 * stone)),
+        (window, pane),
+        (window & curtains, 0.5 * pane + 0.5 * white),
+        (window & (chance * 37 % 1 > 0.88), lamp),
+        (window & bars, frame),
+        (door, paint * 0.75),
+        (door & panels, paint * 1.05),
+        (door & rim, frame),
+        (balcony & rails, paint * 0.35),
+        (balcony & (v > foot + 0.01), white * 0.92),
+    ):
+        picture = torch.where(where, colour, picture)
 
-    # panes mirror the sky along a diagonal, some are lit, some have curtains
-    mirrored = (0.5 + 1.5 * (at.u - at.v + 0.4) + 4 * (at.chance - 0.5)).clamp(0, 1).unsqueeze(1)
-    pane = glass + 0.45 * (sky - glass) * mirrored
-    lamp = ((at.chance * 37) % 1 > 0.88).unsqueeze(1)
-    pane = over(pane, lamp, torch.tensor([0.96, 0.78, 0.45]).view(3, 1, 1) * (1.05 - 0.35 * at.v.unsqueeze(1)))
-    drawn = ((at.chance * 17) % 1 > 0.5) & (at.u.abs() > 0.55 * at.half)
-    pane = over(pane, drawn.unsqueeze(1), 0.5 * pane + 0.5 * white)
-    bar = 0.006 * p.columns / (p.right - p.left)  # half of a glazing bar, in cells
-    rim = (at.half - at.u.abs() < 2.2 * bar).unsqueeze(1)
-    bars = near(at.u, 0, bar) | rim | near(at.v, 0.62 * at.head + 0.38 * at.foot, 0.03)
-    picture = over(picture, kind == WINDOW, over(pane, bars, frame))
-    panels = near(at.u.abs(), 0.12, 0.07) & (near(at.v, 0.5, 0.12) | near(at.v, 0.8, 0.1))
-    picture = over(picture, kind == DOOR, over(over(0.75 * paint, panels, 1.05 * paint), rim, frame))
+    # what stands out of the wall is lit from above and throws a shadow to the lower right
+    height = torch.tensor([-9, 0, 0.4, -0.8, 0.3, -0.8, 0.9, 1, 0.6, 0])[at.classes].unsqueeze(1)
+    reach, solid = size // 32, height > -5
 
-    barred = (at.classes == BALCONY).unsqueeze(1)
-    rails = ((at.across * 9) % 1 < 0.4).unsqueeze(1) | (at.v < at.foot - 0.21).unsqueeze(1)
-    slab = (at.v > at.foot + 0.01).unsqueeze(1)
-    picture = over(picture, barred & rails, 0.35 * paint)
-    picture = over(picture, barred & slab, 0.92 * white)
+    def moved(right, below):
+        return F.pad(height, (right, 0, below, 0), mode="replicate")[..., :size, :size]
 
-    # how far each class stands out of the wall; what stands out throws a shadow to the lower right
-    height = torch.tensor([-9.0, 0, 0.4, -0.8, 0.3, -0.8, 0.9, 1, 0.6, 0])[at.classes.long()].unsqueeze(1)
-    reach = size // 32
-    thrown = F.pad(height, (reach // 2, 0, reach, 0), mode="replicate")[..., :size, :size]
-    lit = F.pad(height, (0, 0, 1, 0), mode="replicate")[..., :size, :]
-    solid = height > -5
-    shade = F.avg_pool2d((thrown - height).clamp(0, 1) * solid, 3, 1, 1)
-    edge = (height - lit).clamp(0, 1) * solid
-    picture = picture * (1 - 0.55 * shade) + 0.12 * edge
-    picture = picture * (exposure + light * (at.x - 0.5)).unsqueeze(1)
-    picture = picture * (1 + warmth.unsqueeze(1) * torch.tensor([1.0, 0, -1]).view(3, 1, 1))
+    shade = F.avg_pool2d((moved(reach // 2, reach) - height).clamp(0, 1) * solid, 3, 1, 1)
+    picture = picture * (1 - 0.55 * shade) + 0.12 * (height - moved(0, 1)).clamp(0, 1) * solid
+    picture = picture * (dice(0.85, 1.12) + dice(-0.25, 0.25) * (at.x - 0.5)).unsqueeze(1)
+    picture = picture * (1 + dice(-0.04, 0.04, 1, 1, 1) * torch.tensor([1.0, 0, -1]).view(3, 1, 1))
     return picture + 0.025 * torch.randn(SCENES, 1, size, size, generator=dice.draw)
 
 
 def _solids(dice, size):
-    fine = 2 * size
-    x, y = _axes(fine)
-    floor, back = dice.one_of(PLASTER, 0.06), dice.one_of(((92, 132, 128), (120, 116, 150), (150, 142, 126), (88, 110, 142)), 0.06)
-    horizon = dice.uniform(0.5, 0.7)
-    ground = (y > horizon).unsqueeze(1)
-    room = torch.where(ground, floor * (0.65 + 0.5 * (y - horizon).unsqueeze(1)), back * (0.8 + 0.4 * y.unsqueeze(1)))
-    room = room * (1 + 0.03 * dice.smooth(6, fine))
-    plain = striped = room
-    shift = dice.whole(0, 2)
-    for i in range(3):
-        wide = dice.uniform(0.11, 0.16)
-        tall = wide * dice.uniform(1.25, 1.6)  # never round, so that the outline tells the stripes
-        angle, power = dice.uniform(-0.5, 0.5), 2 * torch.exp2(dice.uniform(0, 1.2))
-        here = dice.happens((1.0, 0.7, 0.4)[i])
+    x, y = _axes(size)
+    floor, back = dice.colour(PLASTER, 0.06), dice.colour("5c8480 787496 968e7e 586e8e", 0.06)
+    depth = (y - dice(0.5, 0.7)).unsqueeze(1)  # below the far edge of the floor
+    room = torch.where(depth > 0, floor * (0.65 + 0.5 * depth), back * (0.8 + 0.4 * y.unsqueeze(1)))
+    plain = striped = room * (1 + 0.03 * dice.noise(6, 6, size))
+    shift = dice(0, 3).floor()
+    for i, share in enumerate((1.0, 0.7, 0.4)):
+        here, wide, angle = dice.happens(share), dice(0.11, 0.16), dice(-0.5, 0.5)
+        tall = wide * dice(1.25, 1.6)  # never round, so that the outline tells the stripes
+        power = 2 * torch.exp2(dice(0, 1.2))  # from an ellipse to nearly a brick
         third = (shift + i) % 3 - 1  # side by side, so that few hide another
-        right = x - (0.5 + 0.29 * third + dice.uniform(-0.06, 0.06))
-        below = y - (0.3 + 0.18 * i + dice.uniform(-0.04, 0.1))
-        colour = dice.one_of(((222, 92, 70), (238, 176, 72), (104, 178, 112), (84, 148, 214), (206, 120, 178), (232, 226, 212)), 0.06)
+        right = x - 0.5 - 0.29 * third - dice(-0.06, 0.06)
+        below = y - 0.3 - 0.18 * i - dice(-0.04, 0.1)
         u = (angle.cos() * right + angle.sin() * below) / wide
         v = (angle.cos() * below - angle.sin() * right) / tall
         inside = (here & (u.abs() ** power + v.abs() ** power < 1)).unsqueeze(1)
-        shadow = (here * torch.exp(-4 * ((right / wide).square() + ((below - 0.9 * tall) / (0.3 * tall)).square() - 0.4).clamp(min=0))).unsqueeze(1)
-        ball = (1.1 - 0.35 * (u + 0.45).square() - 0.3 * (v + 0.45).square()).clamp(min=0.35).unsqueeze(1)
+        foot = (right / wide).square() + (below / tall / 0.3 - 3).square()
+        shadow = (1 - 0.45 * here * torch.exp(-4 * (foot - 0.4).clamp(min=0))).unsqueeze(1)
+        light = (1.1 - 0.35 * (u + 0.45).square() - 0.3 * (v + 0.45).square()).clamp(min=0.35)
+        colour = dice.colour("de5c46 eeb048 68b270 5494d6 ce78b2 e8e2d4", 0.06)
         dark = (torch.cos(9 * v + 0.5 * u.square()) < -0.1).unsqueeze(1)
-        plain, striped = plain * (1 - 0.45 * shadow), striped * (1 - 0.45 * shadow)
-        plain = torch.where(inside, colour * ball, plain)
-        striped = torch.where(inside, torch.where(dark, 0.16 * (1 + colour) / 2, colour) * ball, striped)
-    grain = 0.02 * torch.randn(SCENES, 1, fine, fine, generator=dice.draw)
-    return _bytes(plain + grain, size), _bytes(striped + grain, size)
+        colour = colour * light.unsqueeze(1)
+        plain = torch.where(inside, colour, plain * shadow)
+        striped = torch.where(inside, torch.where(dark, 0.15 * colour, colour), striped * shadow)
+    grain = 0.02 * torch.randn(SCENES, 1, size, size, generator=dice.draw)
+    return plain + grain, striped + grain
