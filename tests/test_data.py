@@ -11,17 +11,12 @@ import torch
 from PIL import Image
 
 from common import data, processes, synthetic
+from tests.helpers import CACHE
 
 LAST = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py"}
-STEMS = [
-    f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1")
-]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One cache for the tests that only need the digits drawn."""
-    return tmp_path_factory.mktemp("cache")
+STEMS = [f"{name}-ubyte" for name in (
+    "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1",
+)]
 
 
 def noise(seed, *shape):
@@ -58,8 +53,8 @@ def offline(monkeypatch):
 # ---- named sets ----
 
 
-def test_digits_have_the_two_splits_of_the_contract_and_no_image_twice(cache):
-    digits = data.load_images("digits", cache_dir=cache)
+def test_digits_have_the_two_splits_of_the_contract_and_no_image_twice():
+    digits = data.load_images("digits", cache_dir=CACHE)
     assert digits.name == "digits" and digits.channels == 1
     assert digits.images.shape == (20000, 1, 32, 32) and digits.images.dtype == torch.uint8
     assert digits.test.images.shape == (4000, 1, 32, 32)
@@ -69,10 +64,10 @@ def test_digits_have_the_two_splits_of_the_contract_and_no_image_twice(cache):
     assert len({image.numpy().tobytes() for image in both}) == 24000
 
 
-def test_digits_are_drawn_once_for_a_cache(cache, monkeypatch):
-    first = data.load_images("digits", cache_dir=cache)
+def test_digits_are_drawn_once_for_a_cache(monkeypatch):
+    first = data.load_images("digits", cache_dir=CACHE)
     monkeypatch.setattr(synthetic, "digits", None)
-    assert data.load_images("digits", cache_dir=cache).fingerprint == first.fingerprint
+    assert data.load_images("digits", cache_dir=CACHE).fingerprint == first.fingerprint
 
 
 def test_sets_of_28_pixels_are_padded_with_black_not_resized(fashion_files, tmp_path):
