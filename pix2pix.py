@@ -76,7 +76,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if not self.lambda_adv and not self.lambda_l1:
             raise ValueError("lambda_adv and lambda_l1 are both 0: nothing is left to train on")

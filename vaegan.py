@@ -68,7 +68,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         for name in "gamma lambda_llike lambda_pixel lambda_prior lambda_adv kl_warmup".split():
             value = getattr(self, name)
