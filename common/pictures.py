@@ -1,11 +1,16 @@
-"""Pictures of a run: grids of images, strips over training, animations, charts.
+"""Pictures of a run from its files: grids, strips over training, animations, charts.
 
-All of it is made from the files of a run folder: every sub-folder of grids NAME/STEP.png is a set
-of pictures, every column of numbers in log.csv and metrics.csv a line in a chart.
+Every sub-folder of grids NAME/STEP.png is a set of pictures, every column of numbers in log.csv and
+metrics.csv a line in a chart.
 """
 import io
+import itertools
 import math
+import textwrap
 from pathlib import Path
+
+import numpy as np
+from torch.nn.functional import pad
 
 from common import data, files
 
@@ -49,8 +54,6 @@ def to_picture(image):
 
 def grid(images, columns=COLUMNS):
     """PIL image of uint8 images [N, C, H, W] in rows of that many columns, small ones enlarged."""
-    from torch.nn.functional import pad
-
     n, channels, height, _ = images.shape
     columns = min(columns, n)
     zoom = max(1, SHORT // height)
@@ -63,7 +66,7 @@ def grid(images, columns=COLUMNS):
 
 
 def to_sheet(images):
-    """PIL image of float images in [-1, 1]: [N, C, H, W] in rows of 8, [R, K, C, H, W] in rows of K."""
+    """PIL image of images in [-1, 1]: [N, C, H, W] in rows of 8, [R, K, C, H, W] in R rows of K."""
     if images.dim() == 5:
         return grid(data.to_uint8(images.flatten(0, 1)), images.shape[1])
     return grid(data.to_uint8(images))
@@ -71,17 +74,15 @@ def to_sheet(images):
 
 def first_row(sheet):
     """The first row of images of a grid."""
-    import numpy as np
-
     lines = (np.asarray(sheet) == FRAME).reshape(sheet.height, -1).all(1)
     end = next((y for y in range(GAP + 1, sheet.height) if lines[y : y + GAP].all()), sheet.height)
     return sheet.crop((0, 0, sheet.width, end + GAP))
 
 
 def grids(folder):
-    """{name: [(step, path), ...]} of the sets of grids in a run folder, in order of the steps."""
+    """{name: [(step, path), ...]} of the sets of grids in a run folder, samples first."""
     found = {}
-    for path in sorted(Path(folder).glob("*/*.png")):
+    for path in sorted(Path(folder).glob("*/*.png"), key=lambda p: (p.parent.name != "samples", p)):
         if path.stem.isdecimal():
             found.setdefault(path.parent.name, []).append((int(path.stem), path))
     return {name: sorted(steps) for name, steps in found.items()}
@@ -117,11 +118,8 @@ def captioned(picture, text):
     """The picture under a text, in as many lines as its width asks for."""
     from PIL import Image, ImageDraw
 
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        fits = font(14).getlength(longer) <= picture.width - 8
-        lines[-1:] = [longer] if fits else [lines[-1], word]
+    letters = max(4, (picture.width - 8) // 8)
+    lines = textwrap.wrap(text, letters, break_on_hyphens=False)
     top = 8 + 16 * len(lines)
     image = Image.new("RGB", (max(picture.width, 40), picture.height + top), "white")
     image.paste(picture, (0, top))
@@ -130,7 +128,7 @@ def captioned(picture, text):
 
 
 def beside(text, picture):
-    """The picture with a step number at its left."""
+    """The picture with a short text at its left."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (picture.width + 64, picture.height), "white")
@@ -143,16 +141,14 @@ def beside(text, picture):
 
 
 def ticks(low, high, log):
-    """Round values from low to high: powers of ten, where too few with their 2 and 5, or even steps."""
+    """Round values from low to high: even steps, or powers of ten with their 2 and 5."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [[m * 10.0**e for e in powers for m in by] for by in ((1,), (1, 2, 5))]
-        found = [[t for t in some if low <= t <= high] for some in found]
-        return found[0] if len(found[0]) > 2 else found[1]
+        found = [m * 10.0**e for e in powers for m in ((1,) if high / low > 1e3 else (1, 2, 5))]
+        return [t for t in found if low <= t <= high]
     size = 10.0 ** math.floor(math.log10((high - low) / 6))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= (high - low) / 6)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
 def thinned(xs, ys, most=400):
@@ -165,27 +161,19 @@ def thinned(xs, ys, most=400):
 def chart(title, series, share=False, width=480, height=300):
     """PIL image of lines over steps; logarithmic where values > 0 span 50-fold.
 
-    series: (label, xs, ys) each, at least one of them with points. share: values are shares, so
-    the axis goes from 0 to 1, or higher where they do.
+    series: (label, xs, ys) each, at least one of them with points; the i-th has the i-th colour.
+    share: values are shares, so the axis goes from 0 to 1, or higher where they do.
     """
     from PIL import Image, ImageDraw
 
-    s = SCALE
-    small, grey = font(12 * s), "#444444"
-    series = [(label, *thinned(xs, ys)) for label, xs, ys in series if xs]
-    left, right, row, x = 60 * s, (width - 16) * s, 0, 60 * s
-    legend = []  # where the label of each line stands, as on a typed page
-    for label, _, _ in series:
-        wide = 32 * s + small.getlength(label)
-        if x > left and x + wide > right:
-            row, x = row + 1, left
-        legend.append((x, (32 + 16 * row) * s))
-        x += wide
-    height += 16 * row
-    top, bottom = (56 + 16 * row) * s, (height - 32) * s
+    s, small, grey = SCALE, font(12 * SCALE), "#444444"
+    inked = zip(series, itertools.cycle(COLORS))
+    series = [(label, ink, *thinned(xs, ys)) for (label, xs, ys), ink in inked if xs]
+    height += 16 * (len(series) - 1)  # a line each for the labels
+    left, right, top, bottom = 60 * s, (width - 16) * s, (height - 244) * s, (height - 32) * s
 
-    every = [y for _, _, ys in series for y in ys]
-    low, high = min(every), max(every)
+    every = [y for *_, ys in series for y in ys]
+    low, high, last = min(every), max(every), max(1, *(xs[-1] for _, _, xs, _ in series))
     log = not share and low > 0 and high / low > 50
     pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     if share:
@@ -194,7 +182,6 @@ def chart(title, series, share=False, width=480, height=300):
         low, high = low / 1.2, high * 1.2
     else:
         low, high = (low if 0 <= low < pad else low - pad), high + pad
-    last = max(1, max(xs[-1] for _, xs, _ in series))
 
     def at_x(x):
         return left + x / last * (right - left)
@@ -214,20 +201,23 @@ def chart(title, series, share=False, width=480, height=300):
         text = f"{x:g}" if x < 1e4 else f"{x / 1000:g}k"
         pen.text((at_x(x), bottom + 6 * s), text, grey, small, anchor="mt")
     pen.line([(left, bottom), (right, bottom)], grey, s)
-    for i, ((label, xs, ys), (x, y)) in enumerate(zip(series, legend)):
-        ink = COLORS[i % len(COLORS)]
+    for i, (label, ink, xs, ys) in enumerate(series):
         points = [(at_x(a), at_y(b)) for a, b in zip(xs, ys)]
         pen.line(points, ink, 2 * s, joint="curve")
-        for a, b in points if len(points) <= 30 else ():
-            pen.ellipse([a - 3 * s, b - 3 * s, a + 3 * s, b + 3 * s], ink)
+        for x, y in points if len(points) <= 30 else ():
+            pen.ellipse([x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s], ink)
         if label:
-            pen.line([(x, y + 8 * s), (x + 16 * s, y + 8 * s)], ink, 3 * s)
-            pen.text((x + 20 * s, y), label, "black", small)
+            y = (32 + 16 * i) * s
+            pen.line([(left, y + 8 * s), (left + 16 * s, y + 8 * s)], ink, 3 * s)
+            pen.text((left + 20 * s, y), label, "black", small)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+# ---- tables ----------------------------------------------------------------------------------
+
+
 def fid_label(features, name="fid"):
-    """What a column is called: FID is that of Inception features alone, others are named beside it."""
+    """What a column is called: FID is that of Inception alone, other networks stand beside it."""
     head, _, tail = name.partition("_")
     if head not in ("fid", "kid"):
         return name
@@ -253,41 +243,6 @@ def columns(tables):
     return [n for n in names if n not in COUNTS and any(numbers(rows, n)[0] for rows in tables)]
 
 
-def charts(logs, scores):
-    """Charts of log.csv and metrics.csv tables {label: rows} of runs.
-
-    Of one run the losses stand together, columns named alike up to their first _, and the shares;
-    of several every column has a chart with a line for each run, runs by features.
-    """
-    found, one = [], len(logs) == 1
-    groups = {}
-    for name in columns(logs.values()):
-        alike = "losses" if name.startswith("loss_") else name.split("_")[0]
-        groups.setdefault(alike if one else name, []).append(name)
-    for title, names in groups.items():
-        title = names[0] if len(names) == 1 else title
-        found.append(chart(title, lines(logs, names)))
-
-    for features, some in by_features(scores).items():
-        names = columns(some.values())
-        shares = [n for n in names if n in SHARES]
-        rest = [n for n in names if n not in shares or not one]
-        if one and shares:
-            found.append(chart(", ".join(shares), lines(some, shares), True))
-        for name in rest:
-            found.append(chart(fid_label(features, name), lines(some, [name]), name in SHARES))
-    return found
-
-
-def lines(tables, names):
-    """series of a chart: a line for each table and name, labelled by what tells them apart."""
-    return [
-        (label or (name if len(names) > 1 else ""), *numbers(rows, name))
-        for label, rows in tables.items()
-        for name in names
-    ]
-
-
 def by_features(scores):
     """{features: {label: rows}}: scores of different features are never set beside each other."""
     found = {}
@@ -297,7 +252,45 @@ def by_features(scores):
     return found
 
 
+def charts(logs, scores):
+    """Charts of log.csv and metrics.csv tables {label: rows} of runs.
+
+    Of one run the losses stand together, columns named alike up to their first _, and the shares;
+    of several every column has a chart with a line for each run, runs by features.
+    """
+    one, found = len(logs) == 1, []
+
+    def add(title, tables, names, share=False):
+        each = [(label, name) for label in logs for name in names]
+        told = [label or (name if len(names) > 1 else "") for label, name in each]
+        points = [numbers(tables.get(label, []), name) for label, name in each]
+        found.append(chart(title, [(t, *p) for t, p in zip(told, points)], share))
+
+    groups = {}
+    for name in columns(logs.values()):
+        alike = "losses" if name.startswith("loss_") else name.split("_")[0]
+        groups.setdefault(alike if one else name, []).append(name)
+    for alike, names in groups.items():
+        add(alike if alike == "losses" else ", ".join(names), logs, names)
+    parts = by_features(scores)
+    for features, some in parts.items():
+        names = columns(some.values())
+        shares = [name for name in names if name in SHARES]
+        if one and shares:
+            add(", ".join(shares), some, shares, True)
+        for name in names:
+            if not (one and name in shares):
+                title = fid_label(features, name)
+                title += f" ({features})" if len(parts) > 1 and title == name else ""
+                add(title, some, [name], name in SHARES)
+    return found
+
+
 # ---- one run ---------------------------------------------------------------------------------
+
+
+def strip_name(name):
+    return "progress.png" if name == "samples" else f"{name}-progress.png"
 
 
 def of_run(folder):
@@ -313,8 +306,7 @@ def of_run(folder):
         last = Image.open(steps[-1][1])
         save(last, folder / f"{name}.png")
         rows = [beside(f"{t}", first_row(Image.open(p))) for t, p in spread(steps, STEPS)]
-        strip = "progress.png" if name == "samples" else f"{name}-progress.png"
-        save(sheet(rows, 1, gap=0), folder / strip)
+        save(sheet(rows, 1, gap=0), folder / strip_name(name))
         frames = [Image.open(path) for _, path in spread(steps, FRAMES)]
         for frame in frames:
             frame.thumbnail((ANIMATED, ANIMATED))
@@ -339,8 +331,7 @@ def summary(folder):
     """The final metrics and the paths of a run, as text for the terminal."""
     folder = Path(folder)
     rows = files.read_csv(folder / "metrics.csv")
-    names = [f"{name}{end}" for name in grids(folder) for end in (".png", "-progress.png", ".gif")]
-    names = [n.replace("samples-progress", "progress") for n in names]
+    names = [n for s in grids(folder) for n in (f"{s}.png", strip_name(s), f"{s}.gif")]
     names += ["curves.png", "metrics.json", "generator.pt"]
     there = "  ".join(n for n in names if (folder / n).exists())
     return "\n".join([*map(score_line, rows[-1:]), f"{folder}/  {there}"])
