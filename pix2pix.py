@@ -347,7 +347,7 @@ def main(args):
         return x if x.shape[1] == channels else x.mean(1, True).expand(-1, channels, -1, -1)
 
     def draw():
-        rows = source[:16], translate(source[:16]), target[:16]
+        rows = source[:8], translate(source[:8]), target[:8]
         return {"samples": torch.stack([coloured(x) for x in rows], 1)}
 
     def distances(images):
