@@ -1,8 +1,10 @@
 """pix2pix.py: closed forms, gradients, routing, networks, jitter, degenerate settings."""
+import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import pix2pix
@@ -463,3 +465,38 @@ def test_rate_is_constant_then_falls_to_zero():
     rates = [pix2pix.learning_rate(args, done) for done in (0, 0.5, 0.505, 0.75, 0.995)]
     assert rates == pytest.approx([2e-4, 2e-4, 1.98e-4, 1e-4, 2e-6])
     assert pix2pix.learning_rate(arguments(lr=2e-4, lr_decay=0), 0.9) == 2e-4
+
+
+def run(folder, **changes):
+    """Run folder of two updates on eight pairs of noise, which are written to folder first."""
+    rng = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        (folder / "pairs" / split).mkdir(parents=True, exist_ok=True)
+        for i in range(8):
+            pixels = torch.randint(256, (16, 32, 3), dtype=torch.uint8, generator=rng)
+            Image.fromarray(pixels.numpy()).save(folder / "pairs" / split / f"{i}.png")
+    where = dict(dataset=str(folder / "pairs"), cache_dir=str(folder / "cache"), out_dir=str(folder))
+    short = dict(steps=2, eval_samples=8, quiet=True, threads=1, channels_a=0, channels_b=0)
+    return pix2pix.main(arguments(**(where | short | changes)))
+
+
+def test_pictures_and_scores_use_up_none_of_the_random_numbers_of_training(tmp_path):
+    often, never = (run(tmp_path, sample_every=n, eval_every=n) for n in (1, 0))
+    one, two = (torch.load(f / "checkpoint.pt")["nets"]["generator"] for f in (often, never))
+    assert_same(one, two)
+
+
+def test_a_run_says_how_far_it_is_from_its_targets_and_from_doing_nothing(tmp_path):
+    folder = run(tmp_path, direction="BtoA", lr=1e-9)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["n"] == 8 and metrics["features"] == "cifarnet"
+    assert metrics["l1"] == pytest.approx(0.5, abs=0.02)  # of grey from uniform noise
+    assert metrics["psnr"] == pytest.approx(10 * math.log10(4 * 3), abs=0.1)  # MSE 1/3
+    inputs = metrics["baselines"]["input"]
+    assert inputs["l1"] == pytest.approx(2 / 3, abs=0.02) and abs(inputs["ssim"]) < 0.1
+    assert metrics["baselines"]["mean of training"]["l1"] < inputs["l1"]
+    assert set(metrics["baselines"]["training images"]) == {"fid", "kid"}
+    args = json.loads((folder / "args.json").read_text())["args"]
+    assert (args["channels_a"], args["channels_b"]) == (3, 3)
+    weights = torch.load(folder / "generator.pt")
+    UNetGenerator(3, 3, 16, 4).load_state_dict(weights)
