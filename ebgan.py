@@ -288,7 +288,8 @@ def learning_rate(args, done):
 
 def margin_at(args, done):
     """The margin when the share done of the run, in [0, 1], is behind: constant, then to 0."""
-    return args.margin * min(1, (1 - done) / args.margin_decay) if args.margin_decay else args.margin
+    left = min(1, (1 - done) / args.margin_decay) if args.margin_decay else 1
+    return args.margin * left
 
 
 def main(args):
