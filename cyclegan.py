@@ -42,6 +42,8 @@ class Args:
     subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
     image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
+    jitter: bool = True  # enlarge images by 286/256 and cut out a random square
+    mirror: bool = True  # mirror every second image
     # method
     lambda_cycle: float = 10.0  # weight of A to B to A giving the image back
     lambda_cycle_b: float | None = None  # weight of B to A to B [as lambda_cycle]
@@ -52,6 +54,7 @@ class Args:
     width: int = 16  # channels at the widest resolution; deeper layers double
     patch_layers: int = 2  # halvings of D; 0 = judges single pixels
     paper_upsampling: bool = False  # kernels of 3 where maps are enlarged, uneven as in the paper
+    skip: bool = True  # generators add what they find to their input; off as in the paper
     # optimisation
     steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
@@ -86,6 +89,11 @@ class Args:
 # ---- networks ------------------------------------------------------------------------------
 
 
+def norm_layer(norm, channels):
+    """BatchNorm with scale and shift ("batch"), or InstanceNorm without ("instance")."""
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels)
+
+
 class ResidualBlock(nn.Module):
     """Maps [N, width, H, W] -> the same shape; nothing follows the sum."""
 
@@ -110,8 +118,9 @@ class ResnetGenerator(nn.Module):
     batch. Biases before a norm change nothing; the paper's networks have them, and so its counts.
     """
 
-    def __init__(self, channels=3, n_blocks=3, width=16, paper_upsampling=False):
+    def __init__(self, channels=3, n_blocks=3, width=16, paper_upsampling=False, skip=True):
         super().__init__()
+        self.skip = skip
         up = dict(kernel_size=4, stride=2, padding=1)
         if paper_upsampling:
             up = dict(kernel_size=3, stride=2, padding=1, output_padding=1)
@@ -127,31 +136,27 @@ class ResnetGenerator(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.body(x).to(x.dtype).tanh()
+        h = self.body(x).to(x.dtype)
+        return F.hardtanh(x + h) if self.skip else h.tanh()
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [N, channels, H, W] in [-1, 1] -> scores [N, 1, h, w] of patches, unbounded, float32.
+    """Images [N, channels, H, W] in [-1, 1] -> a map of logits [N, 1, h, w], float32.
 
-    n_layers halvings, then two convolutions of kernel 4 at that resolution: fields of 16, 34, 70
-    pixels for 1, 2, 3; 0 judges single pixels. Isola et al. 2016, arXiv:1611.07004, section 6.1.2.
+    A logit sees 16, 34, 70, 142, 286 pixels for n_layers 1 to 5, then h = H / 2**n_layers - 2; with
+    n_layers 0 it sees one pixel, and h = H.
     """
 
-    def __init__(self, channels, width, n_layers, norm="batch"):
+    def __init__(self, channels, width=16, n_layers=2, norm="batch"):
         super().__init__()
-        batch = norm == "batch"
-        normalise = nn.BatchNorm2d if batch else nn.InstanceNorm2d
-        kernel, padding = (4, 1) if n_layers else (1, 0)
-        strides = [2] * n_layers + [1] if n_layers else [1, 1]
-        layers, d_in = [], channels
-        for i, stride in enumerate(strides):
-            d_out = width * min(2**i, 8)
-            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=not (i and batch))]
-            layers += [normalise(d_out)] if i else []
-            layers += [nn.LeakyReLU(0.2)]
-            d_in = d_out
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Conv2d(d_in, 1, kernel, 1, padding)
+        kernel = 4 if n_layers else 1
+        dims = [width * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
+        blocks = [nn.Conv2d(channels, width, *((4, 2, 1) if n_layers else (1,))), nn.LeakyReLU(0.2)]
+        for i, (d_in, d_out) in enumerate(zip(dims, dims[1:]), 1):
+            shape = (4, 2 if i < n_layers else 1, 1) if n_layers else (1,)
+            blocks += [nn.Conv2d(d_in, d_out, *shape, bias=norm != "batch"), norm_layer(norm, d_out), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*blocks)
+        self.head = nn.Conv2d(dims[-1], 1, kernel, 1, 1 if n_layers else 0)
 
     def forward(self, x):
         h = self.body(x)
@@ -225,13 +230,13 @@ class ImagePool:
         self.images, self.filled = state["images"].clone(), state["filled"].clone()
 
 
-def initialise(net):
-    """Weights of convolutions from N(0, 0.02^2), biases 0, as the paper's appendix says."""
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(m.weight, 0, 0.02)
-            nn.init.zeros_(m.bias)
-    return net
+@torch.no_grad()
+def initialise(layer):
+    """Weights from N(0, .02^2), BatchNorm's scales from N(1, .02^2), biases 0 (section 6.2)."""
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        layer.weight.normal_(1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def build(args):
@@ -243,13 +248,15 @@ def build(args):
     channels = args.channels or 1
 
     def generator():
-        return ResnetGenerator(channels, args.n_blocks, args.width, args.paper_upsampling)
+        return ResnetGenerator(channels, args.n_blocks, args.width, args.paper_upsampling, args.skip)
 
     def discriminator():
         return PatchDiscriminator(channels, args.width, args.patch_layers, "instance")
 
-    g = initialise(nn.ModuleDict({"AtoB": generator(), "BtoA": generator()}))
-    d = initialise(nn.ModuleDict({"A": discriminator(), "B": discriminator()}))
+    g = nn.ModuleDict({"AtoB": generator(), "BtoA": generator()})
+    d = nn.ModuleDict({"A": discriminator(), "B": discriminator()})
+    for net in (g, d):
+        net.apply(initialise)
     ema = copy.deepcopy(g).eval().requires_grad_(False)
     nets = dict(generator=g, discriminator=d, generator_ema=ema)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
@@ -265,6 +272,21 @@ def sample(nets, args, x, direction="AtoB"):
     """x [N, channels, H, W] in [-1, 1] -> its translation, by the averaged weights, in float32."""
     g = nets["generator_ema"][direction]
     return g(x.to(next(g.parameters()).device))
+
+
+def jittered(pair, enlarge=True, mirror=True):
+    """Pairs [N, C, S, S] in [-1, 1]: each enlarged, cropped and mirrored as one (section 6.2)."""
+    n, _, size, _ = pair.shape
+    row = column = torch.arange(size, device=pair.device).expand(n, size)
+    if enlarge:
+        large = round(size * 286 / 256)
+        pair = F.interpolate(pair, size=(large, large), mode="bicubic", align_corners=False).clamp(-1, 1)
+        row, column = (torch.randint(large - size + 1, (n, 1), device=pair.device) + at for at in (row, column))
+    if mirror:
+        column = torch.where(torch.rand(n, 1, device=pair.device) < 0.5, column, column.flip(1))
+    images = torch.arange(n, device=pair.device).view(n, 1, 1)
+    pixels = pair.movedim(1, -1)[images, row.unsqueeze(2), column.unsqueeze(1)]
+    return pixels.movedim(-1, 1)  # channels_last
 
 
 @torch.no_grad()
@@ -299,6 +321,7 @@ def updates(nets, args):
     pool_a, pool_b = ImagePool(args.pool_size), ImagePool(args.pool_size)
 
     def update(a, b):
+        a, b = (jittered(x, args.jitter, args.mirror) for x in (a, b))
         d.requires_grad_(False)  # gradients pass through D, none are kept for it
         with autocast():
             fake_b, fake_a = g["AtoB"](a), g["BtoA"](b)
