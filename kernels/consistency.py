@@ -108,7 +108,8 @@ if triton is not None:
         mask = cols < tl.minimum(M - begin, BLOCK).to(tl.int32)
         a = tl.load(a_ptr + begin + cols, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + begin + cols, mask=mask, other=0.0).to(tl.float32)
-        d = (a - b) * (scale * tl.load(up_ptr))
+        # torch.compile passes scale in float64, which is slow on most GPUs
+        d = (a - b) * (scale * tl.load(up_ptr)).to(tl.float32)
         tl.store(da_ptr + begin + cols, d.to(da_ptr.dtype.element_ty), mask=mask)
         if BOTH:
             tl.store(db_ptr + begin + cols, (-d).to(db_ptr.dtype.element_ty), mask=mask)
@@ -164,19 +165,22 @@ if triton is not None:
         in_ptr = d_ptr + N + N
         to_ptr = out_ptr + N + N
         if REAL:
-            g = 2.0 * l_real * (s_real - tl.load(in_ptr + at, mask=mask, other=0.0).to(tl.float32))
+            g = s_real - tl.load(in_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            g = (2.0 * l_real * g).to(tl.float32)  # see _grad_diff
             g_real += g
             tl.store(to_ptr + at, (-g * scale).to(ty), mask=mask)
             in_ptr += N
             to_ptr += N
         if FAKE:
-            g = 2.0 * l_fake * (s_fake - tl.load(in_ptr + at, mask=mask, other=0.0).to(tl.float32))
+            g = s_fake - tl.load(in_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            g = (2.0 * l_fake * g).to(tl.float32)  # see _grad_diff
             g_fake += g
             tl.store(to_ptr + at, (-g * scale).to(ty), mask=mask)
             in_ptr += N
             to_ptr += N
         if DIS:
-            g = 2.0 * l_dis * (s_fake - tl.load(in_ptr + at, mask=mask, other=0.0).to(tl.float32))
+            g = s_fake - tl.load(in_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            g = (2.0 * l_dis * g).to(tl.float32)  # see _grad_diff
             g_fake += g
             tl.store(to_ptr + at, (-g * scale).to(ty), mask=mask)
         tl.store(out_ptr + at, (g_real * scale).to(ty), mask=mask)

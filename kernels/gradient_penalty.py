@@ -108,7 +108,7 @@ if triton is not None:
             mask = (rows[:, None] < N) & (cols < S)
             part = tl.load(part_ptr + rows[:, None] * S + cols, mask=mask, other=0.0)
             norm = tl.sqrt_rn(tl.sum(part, axis=1))
-            off = norm - target
+            off = (norm - target).to(tl.float32)  # torch.compile passes target in float64
             acc += tl.where(rows < N, off * off, 0.0)
             coef = 2.0 * off / (tl.where(norm == 0.0, 1.0, norm) * N)
             coef = tl.where(norm == 0.0, 0.0, coef)  # NaN == 0 is false: NaN stays

@@ -82,8 +82,11 @@ def launches(shape, dtype, memory_format):
     return noted
 
 
-def source(kernel, args):
-    """What Triton compiles for these arguments: a 1 as a constant, multiples of 16 known as such."""
+def source(kernel, args, numbers="fp32"):
+    """What Triton compiles for these arguments: a 1 as a constant, multiples of 16 known as such.
+
+    numbers: the type of Python's floats, fp32 in a launch, fp64 in what torch.compile makes of one.
+    """
     from triton.compiler import ASTSource
 
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -101,7 +104,7 @@ def source(kernel, args):
             if value % 16 == 0:
                 whole[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32"
+            signature[name] = numbers
     return ASTSource(fn=kernel, signature=signature, constexprs=consts, attrs=whole)
 
 
@@ -170,16 +173,17 @@ def main():
     print(json.dumps(seen_by_compile(GPUTarget("cuda", 90, 32))), flush=True)
     known = {}
     plain, last = torch.contiguous_format, torch.channels_last
-    for shape, dtype, memory_format, targets in (
-        (WHOLE, torch.float32, plain, TARGETS),
-        (WHOLE, torch.bfloat16, plain, TARGETS),
-        (WHOLE, torch.float16, last, TARGETS[1:2]),
-        (ODD, torch.float32, plain, TARGETS[1:2]),
-        (HUGE, torch.bfloat16, plain, TARGETS[1:2]),
+    for shape, dtype, memory_format, targets, numbers in (
+        (WHOLE, torch.float32, plain, TARGETS, "fp32"),
+        (WHOLE, torch.bfloat16, plain, TARGETS, "fp32"),
+        (WHOLE, torch.bfloat16, plain, TARGETS[1:2], "fp64"),
+        (WHOLE, torch.float16, last, TARGETS[1:2], "fp32"),
+        (ODD, torch.float32, plain, TARGETS[1:2], "fp32"),
+        (HUGE, torch.bfloat16, plain, TARGETS[1:2], "fp32"),
     ):
         for kernel, args, warps in launches(shape, dtype, memory_format):
             name = kernel.fn.__name__
-            src = source(kernel, args)
+            src = source(kernel, args, numbers)
             row = dict(shape=shape, dtype=str(dtype), types=src.signature, warps=warps)
             row["elements"] = args.get("ROWS", 1) * args.get("COLS", args.get("BLOCK"))
             row["bytes"] = dtype.itemsize
