@@ -141,22 +141,27 @@ class ResnetGenerator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [N, channels, H, W] in [-1, 1] -> a map of logits [N, 1, h, w], float32.
+    """Images [N, channels, H, W] in [-1, 1] -> scores [N, 1, h, w] of patches, unbounded, float32.
 
-    A logit sees 16, 34, 70, 142, 286 pixels for n_layers 1 to 5, then h = H / 2**n_layers - 2; with
-    n_layers 0 it sees one pixel, and h = H.
+    n_layers halvings, then two convolutions of kernel 4 at that resolution: fields of 16, 34, 70
+    pixels for 1, 2, 3; 0 judges single pixels. Isola et al. 2016, arXiv:1611.07004, section 6.1.2.
     """
 
-    def __init__(self, channels, width=16, n_layers=2, norm="batch"):
+    def __init__(self, channels, width, n_layers, norm="batch"):
         super().__init__()
-        kernel = 4 if n_layers else 1
-        dims = [width * min(2**i, 8) for i in range(max(n_layers, 1) + 1)]
-        blocks = [nn.Conv2d(channels, width, *((4, 2, 1) if n_layers else (1,))), nn.LeakyReLU(0.2)]
-        for i, (d_in, d_out) in enumerate(zip(dims, dims[1:]), 1):
-            shape = (4, 2 if i < n_layers else 1, 1) if n_layers else (1,)
-            blocks += [nn.Conv2d(d_in, d_out, *shape, bias=norm != "batch"), norm_layer(norm, d_out), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*blocks)
-        self.head = nn.Conv2d(dims[-1], 1, kernel, 1, 1 if n_layers else 0)
+        batch = norm == "batch"
+        normalise = nn.BatchNorm2d if batch else nn.InstanceNorm2d
+        kernel, padding = (4, 1) if n_layers else (1, 0)
+        strides = [2] * n_layers + [1] if n_layers else [1, 1]
+        layers, d_in = [], channels
+        for i, stride in enumerate(strides):
+            d_out = width * min(2**i, 8)
+            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=not (i and batch))]
+            layers += [normalise(d_out)] if i else []
+            layers += [nn.LeakyReLU(0.2)]
+            d_in = d_out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Conv2d(d_in, 1, kernel, 1, padding)
 
     def forward(self, x):
         h = self.body(x)
@@ -247,8 +252,10 @@ def build(args):
     device = "cuda" if cuda else args.device.replace("auto", "cpu")
     channels = args.channels or 1
 
+    paper = args.paper_upsampling, args.skip
+
     def generator():
-        return ResnetGenerator(channels, args.n_blocks, args.width, args.paper_upsampling, args.skip)
+        return ResnetGenerator(channels, args.n_blocks, args.width, *paper)
 
     def discriminator():
         return PatchDiscriminator(channels, args.width, args.patch_layers, "instance")
@@ -277,16 +284,15 @@ def sample(nets, args, x, direction="AtoB"):
 def jittered(pair, enlarge=True, mirror=True):
     """Pairs [N, C, S, S] in [-1, 1]: each enlarged, cropped and mirrored as one (section 6.2)."""
     n, _, size, _ = pair.shape
-    row = column = torch.arange(size, device=pair.device).expand(n, size)
+    device, large = pair.device, round(size * 286 / 256)
+    rows = columns = torch.arange(size, device=device).expand(n, size)
     if enlarge:
-        large = round(size * 286 / 256)
-        pair = F.interpolate(pair, size=(large, large), mode="bicubic", align_corners=False).clamp(-1, 1)
-        row, column = (torch.randint(large - size + 1, (n, 1), device=pair.device) + at for at in (row, column))
+        pair = F.interpolate(pair, large, mode="bicubic").clamp(-1, 1)
+        rows, columns = torch.randint(large - size + 1, (2, n, 1), device=device) + rows
     if mirror:
-        column = torch.where(torch.rand(n, 1, device=pair.device) < 0.5, column, column.flip(1))
-    images = torch.arange(n, device=pair.device).view(n, 1, 1)
-    pixels = pair.movedim(1, -1)[images, row.unsqueeze(2), column.unsqueeze(1)]
-    return pixels.movedim(-1, 1)  # channels_last
+        columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns, columns.flip(1))
+    image = torch.arange(n, device=device).view(n, 1, 1)
+    return pair.movedim(1, -1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].movedim(-1, 1)
 
 
 @torch.no_grad()
@@ -309,7 +315,7 @@ def updates(nets, args):
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
         betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
         return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
@@ -322,7 +328,6 @@ def updates(nets, args):
 
     def update(a, b):
         a, b = (jittered(x, args.jitter, args.mirror) for x in (a, b))
-        d.requires_grad_(False)  # gradients pass through D, none are kept for it
         with autocast():
             fake_b, fake_a = g["AtoB"](a), g["BtoA"](b)
             terms = [
@@ -340,9 +345,8 @@ def updates(nets, args):
                 ]
             loss_g = sum(weight * term for weight, _, term in terms)
         opt_g.zero_grad()
-        loss_g.backward()
+        loss_g.backward(inputs=list(g.parameters()))  # through D, which keeps none
         opt_g.step()
-        d.requires_grad_(True)
 
         with autocast():
             d_real_a, d_fake_a = d["A"](torch.cat([a, pool_a.query(fake_a)])).chunk(2)
@@ -359,6 +363,7 @@ def updates(nets, args):
         losses |= {name: term for _, name, term in terms}
         scores = dict(d_real_a=d_real_a, d_fake_a=d_fake_a, d_real_b=d_real_b, d_fake_b=d_fake_b)
         losses |= {name: score.mean() for name, score in scores.items()}
+        losses |= dict(lr=opt_g.param_groups[0]["lr"].clone())
         return {name: value.detach() for name, value in losses.items()}
 
     state = dict(opt_g=opt_g, opt_d=opt_d, t=t, pool_a=pool_a, pool_b=pool_b)
@@ -366,5 +371,86 @@ def updates(nets, args):
 
 
 def learning_rate(args, done):
-    """Adam's step size when the share done of the run is behind: constant, then linear to 0."""
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
     return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
+
+
+def main(args):
+    """Train as args say; returns the run folder (pathlib.Path)."""
+    from common import data, features, graphs, processes, run, scores  # borrowed: see lsgan.py
+
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    a, b = data.load_domains(args.dataset, args.data_dir, args.image_size, args.cache_dir)
+    if a.test is None or b.test is None:
+        raise ValueError(f"{args.dataset} has no testA and testB, which scores are made on")
+    if args.channels not in (0, a.channels):
+        raise ValueError(f"channels is {args.channels}; {args.dataset} has {a.channels}")
+    args.channels = a.channels
+    nets = build(args)
+    update, state = updates(nets, processes.share(args))  # its share of a batch
+    for domain, images in enumerate((a, b)):  # each in an order of its own
+        train = data.subset(images, args.subset)
+        batches = data.Batches(train, args.batch_size, args.seed, device, domain)
+        state["batches_" + "ab"[domain]] = batches
+    n = args.eval_samples
+    test_a, test_b = (data.to_float(images.test.images[:n]) for images in (a, b))
+    ways = ("AtoB", test_b, a.counterpart), ("BtoA", test_a, b.counterpart)
+    feature_name = features.resolve(args.features, args.channels)
+    baselines = {}
+
+    def translate(x, direction):
+        return torch.cat([sample(nets, args, part, direction).cpu() for part in x.split(64)])
+
+    def there_and_back(x, direction):
+        y = translate(x, direction)
+        return y, translate(y, "BtoA" if direction == "AtoB" else "AtoB")
+
+    def draw():
+        from_a, from_b = test_a[:8], test_b[:8]
+        rows = [from_a, *there_and_back(from_a, "AtoB"), from_b, *there_and_back(from_b, "BtoA")]
+        return {"samples": torch.stack(rows, 1)}
+
+    def distances(*images):
+        row = {}
+        for x, (way, real, _) in zip(images, ways):
+            both = data.to_uint8(x), data.to_uint8(real)
+            found = scores.distances(*both, feature_name, device)
+            row |= {f"{name}_{way}": value for name, value in found.items()}
+        return row
+
+    def errors(*images):
+        row = {}
+        for x, (way, _, true) in zip(images, ways):
+            if true is not None:
+                row[f"error_{way}"] = (x - data.to_float(true[:n])).abs().mean().item()
+        return row
+
+    def score():
+        if not baselines:
+            seen = (data.to_float(images.images[:n]) for images in (b, a))
+            baselines["input"] = distances(test_a, test_b) | errors(test_a, test_b)
+            baselines["training images"] = distances(*seen)
+        fake_b, rec_a = there_and_back(test_a, "AtoB")
+        fake_a, rec_b = there_and_back(test_b, "BtoA")
+        row = {"n": min(len(test_a), len(test_b)), "features": feature_name}
+        row |= distances(fake_b, fake_a) | errors(fake_b, fake_a)
+        row |= {"cycle_a": cycle_loss(rec_a, test_a).item()}
+        row |= {"cycle_b": cycle_loss(rec_b, test_b).item()}
+        return row | {"baselines": baselines}
+
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        advice = "D has won, its pull on G fades: more images, fewer patch_layers or a lower lr"
+        r.warn_below("loss_d_a", 0.01, advice)
+        r.warn_below("loss_d_b", 0.01, advice)
+        update = graphs.graph(update, device, args.graphs)
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            losses = update(next(state["batches_a"]), next(state["batches_b"]))
+            r.after_step(losses)  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
+
+
+if __name__ == "__main__":
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
+    cli(main, Args, __doc__)
