@@ -22,13 +22,13 @@ Run      python cn_lsgan.py                                # built-in digits
 Use      from cn_lsgan import gradient_penalty, reconstruction_constraint    # needs torch only
 """
 import copy
-import math
-import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Args:
     # method
     lambda_gp: float = 0.1  # weight of the gradient penalty; 0 = off
     gp_target: float = 1.0  # gradient norm that the penalty asks for; 0 = as small as can be
-    lambda_rec: float = 0.01  # weight of G(z) against real images, which G nears in the mean; 0 = off
+    lambda_rec: float = 0.01  # weight of G(z) against real images, neared in the mean; 0 = off
     # networks
     z_dim: int = 64  # length of the latent vector
     width: int = 16  # channels at the widest resolution; deeper layers double
@@ -57,39 +57,25 @@ class Args:
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
-    precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
-    impl: Literal["auto", "torch", "triton"] = "auto"  # plain functions or kernels; auto = the faster as measured
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
+    impl: Literal["auto", "torch", "triton"] = "auto"  # plain functions or kernels; auto = faster
     graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 1  # CPU threads; a second one can cost more than it brings on shared cores
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
     log_every: int = 50  # generator updates between rows of log.csv
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 10000  # generated images per evaluation
-    features: Literal["auto", "lenet", "cifarnet"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None:
             self.steps = 4000
-        for names, ok, wanted in (
-            ("image_size", lambda v: 8 <= v <= 512 and v & (v - 1) == 0, "a power of two from 8 to 512"),
-            ("channels", lambda v: v in (0, 1, 3), "0, 1 or 3"),
-            ("batch_size steps max_minutes n_critic lr z_dim width threads log_every", lambda v: v > 0, "positive"),
-            ("eval_samples", lambda v: v >= 6, "at least 6"),
-            ("subset sample_every eval_every seed", lambda v: v >= 0, "zero or positive"),
-            ("beta1 beta2 ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
-            ("lr_decay", lambda v: 0 <= v <= 1, "in [0, 1]"),
-            ("lambda_gp gp_target lambda_rec", lambda v: v >= 0, "zero or positive"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and ok(value)):
-                    raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 # ---- networks ------------------------------------------------------------------------------
@@ -105,12 +91,13 @@ class Generator(nn.Module):
         self.stem = nn.Linear(z_dim, dims[0] * 16, bias=False)
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [nn.BatchNorm2d(d_in), nn.ReLU(), nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
+            blocks += [nn.BatchNorm2d(d_in), nn.ReLU()]
+            blocks += [nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
         self.body = nn.Sequential(*blocks, nn.BatchNorm2d(dims[-1]), nn.ReLU())
         self.to_image = nn.ConvTranspose2d(dims[-1], channels, 4, 2, 1)
 
     def forward(self, z):
-        h = self.stem(z).view(len(z), -1, 4, 4)
+        h = self.stem(z).unflatten(1, (-1, 4, 4))
         return self.to_image(self.body(h)).tanh()
 
 
@@ -156,14 +143,14 @@ def interpolate(x_real, x_fake, eps):
 
 
 def gradient_penalty(grad, target=1.0):
-    """Penalty E[(|grad_i| - target)^2]. grad [N, ...] = dD/dx_i, its norm over all but N, in float32;
-    mean over N; scalar >= 0. Zero gradients: value target^2, gradient 0."""
+    """Penalty E[(|grad_i| - target)^2]. grad [N, ...] = dD/dx_i, its norm over all but N, in
+    float32; mean over N; scalar >= 0. Zero gradients: value target^2, gradient 0."""
     grad = grad if grad.dtype == torch.float64 else grad.float()
     return (grad.flatten(1).norm(dim=1) - target).square().mean()
 
 
 def reconstruction_constraint(x_fake, x_real):
-    """Images [N, C, H, W], drawn independently of each other; mean over pixels and N; scalar >= 0."""
+    """Images [N, C, H, W], drawn independently of each other; mean over all; scalar >= 0."""
     return (x_fake - x_real).square().mean()
 
 
@@ -177,7 +164,8 @@ def build(args):
     channels = args.channels or 1
     g = Generator(args.z_dim, channels, args.image_size, args.width)
     d = Discriminator(channels, args.image_size, args.width)
-    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    average = copy.deepcopy(g).eval().requires_grad_(False)
+    nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
 
@@ -188,9 +176,15 @@ def latents(n, args, generator=None):
 
 @torch.no_grad()
 def sample(nets, args, z):
-    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1], float32, from the averaged weights."""
     g = nets["generator_ema"]
     return g(z.to(next(g.parameters()).device))
+
+
+def between(z_a, z_b, t):
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on an arc as N(0, I) lies around a sphere."""
+    angle = F.cosine_similarity(z_a, z_b).clamp(-1 + 1e-6, 1 - 1e-6).acos()[:, None]
+    return (((1 - t) * angle).sin() * z_a + (t * angle).sin() * z_b) / angle.sin()
 
 
 @torch.no_grad()
@@ -210,21 +204,21 @@ def updates(nets, args, ops=None):
     last update_d, whose N is args.batch_size. ops: where interpolate and gradient_penalty are
     looked up, this file if None.
     """
-    ops = ops or sys.modules[__name__]
+    ops = ops or SimpleNamespace(interpolate=interpolate, gradient_penalty=gradient_penalty)
     g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def autocast():
         on = args.precision == "bf16"
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
-    state = dict(opt_g=adam(g), opt_d=adam(d), t=torch.zeros((), device=device))
-    shown = None  # the images of the last update of D, in a graph its input; independent of every z that G draws
+    opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
+    shown = None  # images of the last update of D, in a graph its input; G's z know nothing of them
 
     def update_d(real):
         nonlocal shown
@@ -233,24 +227,24 @@ def updates(nets, args, ops=None):
         with autocast():
             with torch.no_grad():
                 fake = g(z).to(real.dtype)
-            d_out = d(torch.cat([real, fake])).view(2, -1)
+            d_out = d(torch.cat([real, fake])).chunk(2)
         loss = discriminator_loss(*d_out)
         logs = {"lsgan": loss.detach()}
         if args.lambda_gp:
             x = ops.interpolate(real, fake, torch.rand(len(real), device=device)).requires_grad_()
             with autocast():
-                d_x = d(x)  # a call of its own: in that of real and fake the slope takes 1.7 times as long
+                d_x = d(x)  # in one call with real and fake the slope takes 1.7 times as long
             (grad,) = torch.autograd.grad(d_x.sum(), x, create_graph=True)
             penalty = ops.gradient_penalty(grad, args.gp_target)
             loss = loss + args.lambda_gp * penalty
-            logs |= {"penalty": penalty.detach(), "grad_norm": grad.detach().flatten(1).norm(dim=1).mean()}
-        state["opt_d"].zero_grad()
+            norm = grad.detach().flatten(1).norm(dim=1).mean()
+            logs |= {"penalty": penalty.detach(), "grad_norm": norm}
+        opt_d.zero_grad()
         loss.backward()
-        state["opt_d"].step()
+        opt_d.step()
         return {"loss_d": loss.detach()} | logs
 
     def update_g():
-        d.requires_grad_(False)  # gradients pass through D, none are kept for it
         z = torch.randn(args.batch_size, args.z_dim, device=device)
         with autocast():
             fake = g(z)
@@ -260,46 +254,57 @@ def updates(nets, args, ops=None):
             constraint = reconstruction_constraint(fake.to(shown.dtype), shown)
             loss = loss + args.lambda_rec * constraint
             logs["constraint"] = constraint.detach()
-        state["opt_g"].zero_grad()
-        loss.backward()
-        state["opt_g"].step()
-        d.requires_grad_(True)
-        state["t"] += 1
-        update_ema(g_ema, g, ((1 + state["t"]) / (10 + state["t"])).clamp(max=args.ema_decay))
+        opt_g.zero_grad()
+        loss.backward(inputs=list(g.parameters()))  # through D, which keeps none
+        opt_g.step()
+        t.add_(1)
+        update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
         return {"loss_g": loss.detach()} | logs
 
-    return update_d, update_g, state
+    return update_d, update_g, dict(opt_g=opt_g, opt_d=opt_d, t=t)
+
+
+def learning_rate(args, done):
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
+    return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
 
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, gpu, run  # borrowed, here and nowhere else: replace to train elsewhere
+    from common import data, graphs, machine, processes, run, scores  # borrowed
 
-    run.setup(args)  # checks, processes, threads, seed
-    images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    images = data.load_images(
+        args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir
+    )
     args.channels = images.channels
-    train = data.subset(images, args.subset, args.batch_size)
     nets = build(args)
     ops = None
-    if run.fused(args):
+    if machine.fused(args):
         import kernels as ops
-    update_d, update_g, state = updates(nets, gpu.share(args), ops)  # of several processes, one's share of the batch
-    r = run.start(__file__, args, images, nets, state, latents, sample)
-    update_d, update_g = (gpu.graph(u, r.device, args.graphs) for u in (update_d, update_g))
-    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device, r.rank, r.ranks, update_d.captures)
-    while r.going():
-        r.set_lr(args.lr * min(1, (1 - r.fraction) / args.lr_decay) if args.lr_decay else args.lr)
-        for _ in range(args.n_critic):
-            losses = update_d(next(batches))
-        r.after_step(losses | update_g())  # counts; when due: logs, draws the grid, scores, saves
-    return r.finish()  # final metrics and pictures, generator.pt
+    update_d, update_g, state = updates(nets, processes.share(args), ops)  # its share of a batch
+    train = data.subset(images, args.subset)
+    batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
+    shown = latents(64, args, torch.Generator().manual_seed(args.seed))
+
+    def draw():
+        return {"samples": sample(nets, args, shown)}
+
+    def generate(n, rng):
+        return sample(nets, args, latents(n, args, rng))
+
+    score = scores.of_generator(generate, images, args)
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        update_d, update_g = (graphs.graph(u, device, args.graphs) for u in (update_d, update_g))
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            for _ in range(args.n_critic):
+                losses = update_d(next(batches))
+            r.after_step(losses | update_g())  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
 
 
 if __name__ == "__main__":
-    try:
-        from common.run import cli
-    except ModuleNotFoundError as e:
-        if e.name not in ("common", "common.run"):
-            raise
-        raise SystemExit("error: training needs the folder common/ beside this file; networks, losses and updates can be imported as they are")
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
     cli(main, Args, __doc__)

@@ -19,13 +19,13 @@ Run      python icr_gan.py --sigma 0.05                    # built-in digits
 Use      from icr_gan import augment, consistency, icr_d_loss    # needs torch only
 """
 import copy
-import math
-import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 
@@ -59,19 +59,19 @@ class Args:
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
-    precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
-    impl: Literal["auto", "torch", "triton"] = "auto"  # plain functions or kernels; auto = the faster as measured
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
+    impl: Literal["auto", "torch", "triton"] = "auto"  # plain functions or kernels; auto = faster
     graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 1  # CPU threads; a second one can cost more than it brings on shared cores
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
     log_every: int = 50  # generator updates between rows of log.csv
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 10000  # generated images per evaluation
-    features: Literal["auto", "lenet", "cifarnet"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 
@@ -80,21 +80,6 @@ class Args:
             self.steps = 4000
         if self.shift is None:
             self.shift = max(1, self.image_size // 32)
-        for names, ok, wanted in (
-            ("image_size", lambda v: 8 <= v <= 512 and v & (v - 1) == 0, "a power of two from 8 to 512"),
-            ("channels", lambda v: v in (0, 1, 3), "0, 1 or 3"),
-            ("batch_size steps max_minutes n_critic lr z_dim width threads log_every", lambda v: v > 0, "positive"),
-            ("eval_samples", lambda v: v >= 6, "at least 6"),
-            ("subset sample_every eval_every seed", lambda v: v >= 0, "zero or positive"),
-            ("beta1 beta2 ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
-            ("lr_decay", lambda v: 0 <= v <= 1, "in [0, 1]"),
-            ("sigma lambda_real lambda_fake lambda_dis lambda_gen", lambda v: v >= 0, "zero or positive"),
-            ("shift", lambda v: 0 <= v < self.image_size, "at least 0 and below image_size"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and ok(value)):
-                    raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 # ---- networks ------------------------------------------------------------------------------
@@ -110,13 +95,23 @@ class Generator(nn.Module):
         self.stem = nn.Linear(z_dim, dims[0] * 16, bias=False)
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [nn.BatchNorm2d(d_in), nn.ReLU(), nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
+            blocks += [nn.BatchNorm2d(d_in), nn.ReLU()]
+            blocks += [nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
         self.body = nn.Sequential(*blocks, nn.BatchNorm2d(dims[-1]), nn.ReLU())
         self.to_image = nn.ConvTranspose2d(dims[-1], channels, 4, 2, 1)
 
     def forward(self, z):
-        h = self.stem(z).view(len(z), -1, 4, 4)
+        h = self.stem(z).unflatten(1, (-1, 4, 4))
         return self.to_image(self.body(h)).tanh()
+
+
+class SNConv2d(nn.Conv2d):
+    """Convolution for spectral_norm, whose power iteration autocast must not take in bf16."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
 
 
 class Discriminator(nn.Module):
@@ -130,7 +125,7 @@ class Discriminator(nn.Module):
         dims = [channels] + [width * 2**i for i in range(downs)]
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [spectral_norm(nn.Conv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            blocks += [spectral_norm(SNConv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*blocks)
         self.head = spectral_norm(nn.Linear(dims[-1] * 16, 1))
 
@@ -154,7 +149,7 @@ def generator_loss(d_fake):
 
 
 def consistency(a, b, weight):
-    """weight * (a - b)^2, mean over all elements. Same shapes, float32; scalar; gradients to both."""
+    """weight * (a - b)^2, mean over all elements. Same shapes, float32; gradients to both."""
     return weight * (a - b).square().mean()
 
 
@@ -201,7 +196,9 @@ def augment(x, flip, dx, dy):
 def draw_moves(n, args, device):
     """Random flip, dx, dy of augment for n images, each drawn for itself."""
     mirror = args.flip == "on" or (args.flip == "auto" and args.dataset not in ("digits", "mnist"))
-    flip = torch.rand(n, device=device) < 0.5 if mirror else torch.zeros(n, dtype=torch.bool, device=device)
+    flip = torch.zeros(n, dtype=torch.bool, device=device)
+    if mirror:
+        flip = torch.rand(n, device=device) < 0.5
     still = torch.zeros(2, n, dtype=torch.int64, device=device)
     return flip, *(torch.randint_like(still, -args.shift, args.shift + 1) if args.shift else still)
 
@@ -216,7 +213,8 @@ def build(args):
     channels = args.channels or 1
     g = Generator(args.z_dim, channels, args.image_size, args.width)
     d = Discriminator(channels, args.image_size, args.width)
-    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    average = copy.deepcopy(g).eval().requires_grad_(False)
+    nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
 
@@ -227,9 +225,15 @@ def latents(n, args, generator=None):
 
 @torch.no_grad()
 def sample(nets, args, z):
-    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1], float32, from the averaged weights."""
     g = nets["generator_ema"]
     return g(z.to(next(g.parameters()).device))
+
+
+def between(z_a, z_b, t):
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on an arc as N(0, I) lies around a sphere."""
+    angle = F.cosine_similarity(z_a, z_b).clamp(-1 + 1e-6, 1 - 1e-6).acos()[:, None]
+    return (((1 - t) * angle).sin() * z_a + (t * angle).sin() * z_b) / angle.sin()
 
 
 @torch.no_grad()
@@ -248,21 +252,22 @@ def updates(nets, args, ops=None):
     [N, channels, H, W] in [-1, 1] on the device of the networks. ops: where consistency,
     icr_d_loss and augment are looked up, this file if None.
     """
-    ops = ops or sys.modules[__name__]
+    ops = ops or SimpleNamespace(consistency=consistency, icr_d_loss=icr_d_loss, augment=augment)
     g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def autocast():
         on = args.precision == "bf16"
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
-    state = dict(opt_g=adam(g), opt_d=adam(d), t=torch.zeros((), device=device))
-    lambda_dis, lambda_gen = (args.lambda_dis, args.lambda_gen) if args.sigma else (0, 0)  # terms that are 0 anyway
+    opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
+    zcr = args.sigma > 0  # else its terms are 0 anyway
+    lambda_dis, lambda_gen = args.lambda_dis * zcr, args.lambda_gen * zcr
 
     def update_d(real):
         z = torch.randn(len(real), args.z_dim, device=device)
@@ -279,13 +284,12 @@ def updates(nets, args, ops=None):
                     sets.append(g(z + args.sigma * torch.randn_like(z)).to(real.dtype))
             d_out = d(torch.cat(sets)).view(len(sets), -1)  # one call: one power iteration
         loss, terms = ops.icr_d_loss(d_out, args.lambda_real, args.lambda_fake, lambda_dis)
-        state["opt_d"].zero_grad()
+        opt_d.zero_grad()
         loss.backward()
-        state["opt_d"].step()
+        opt_d.step()
         return {"loss_d": loss.detach()} | dict(zip(("lsgan", "real", "fake", "dis"), terms))
 
     def update_g():
-        d.requires_grad_(False)  # gradients pass through D, none are kept for it
         z = torch.randn(args.batch_size, args.z_dim, device=device)
         with autocast():
             fake = g(z)
@@ -295,49 +299,60 @@ def updates(nets, args, ops=None):
         logs = {}
         if lambda_gen:
             gen = ops.consistency(fake.to(loss.dtype), near.to(loss.dtype), lambda_gen)
-            logs["gen_ratio"] = gen.detach() / loss.detach()
+            logs["gen_ratio"] = gen.detach() / loss.detach().clamp(min=1e-6)
             loss = loss - gen
-        state["opt_g"].zero_grad()
-        loss.backward()
-        state["opt_g"].step()
-        d.requires_grad_(True)
-        state["t"] += 1
-        update_ema(g_ema, g, ((1 + state["t"]) / (10 + state["t"])).clamp(max=args.ema_decay))
+        opt_g.zero_grad()
+        loss.backward(inputs=list(g.parameters()))  # through D, which keeps none
+        opt_g.step()
+        t.add_(1)
+        update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
         return {"loss_g": loss.detach()} | logs
 
-    return update_d, update_g, state
+    return update_d, update_g, dict(opt_g=opt_g, opt_d=opt_d, t=t)
+
+
+def learning_rate(args, done):
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
+    return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
 
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, gpu, run  # borrowed, here and nowhere else: replace to train elsewhere
+    from common import data, graphs, machine, processes, run, scores  # borrowed
 
-    run.setup(args)  # checks, processes, threads, seed
-    images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    images = data.load_images(
+        args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir
+    )
     args.channels = images.channels
-    train = data.subset(images, args.subset, args.batch_size)
     nets = build(args)
     ops = None
-    if run.fused(args):
+    if machine.fused(args):
         import kernels as ops
-    update_d, update_g, state = updates(nets, gpu.share(args), ops)  # of several processes, one's share of the batch
-    r = run.start(__file__, args, images, nets, state, latents, sample)
-    r.warn_above("gen_ratio", 1, "lambda_gen outweighs the adversarial loss of G, whose images turn rough; lower it or sigma")
-    update_d, update_g = (gpu.graph(u, r.device, args.graphs) for u in (update_d, update_g))
-    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device, r.rank, r.ranks, update_d.captures)
-    while r.going():
-        r.set_lr(args.lr * min(1, (1 - r.fraction) / args.lr_decay) if args.lr_decay else args.lr)
-        for _ in range(args.n_critic):
-            losses = update_d(next(batches))
-        r.after_step(losses | update_g())  # counts; when due: logs, draws the grid, scores, saves
-    return r.finish()  # final metrics and pictures, generator.pt
+    update_d, update_g, state = updates(nets, processes.share(args), ops)  # its share of a batch
+    train = data.subset(images, args.subset)
+    batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
+    shown = latents(64, args, torch.Generator().manual_seed(args.seed))
+
+    def draw():
+        return {"samples": sample(nets, args, shown)}
+
+    def generate(n, rng):
+        return sample(nets, args, latents(n, args, rng))
+
+    score = scores.of_generator(generate, images, args)
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        r.warn_above("gen_ratio", 1, "lambda_gen outweighs G's other loss: lower it or sigma")
+        update_d, update_g = (graphs.graph(u, device, args.graphs) for u in (update_d, update_g))
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            for _ in range(args.n_critic):
+                losses = update_d(next(batches))
+            r.after_step(losses | update_g())  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
 
 
 if __name__ == "__main__":
-    try:
-        from common.run import cli
-    except ModuleNotFoundError as e:
-        if e.name not in ("common", "common.run"):
-            raise
-        raise SystemExit("error: training needs the folder common/ beside this file; networks, losses and updates can be imported as they are")
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
     cli(main, Args, __doc__)

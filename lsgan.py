@@ -15,7 +15,6 @@ Run      python lsgan.py                                   # built-in digits
 Use      from lsgan import Args, build, latents, sample    # needs torch only
 """
 import copy
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +34,7 @@ class Args:
     image_size: int = 32  # height and width in pixels, a power of two from 8 to 512
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
     # method
-    loss: Literal["lsgan", "vanilla"] = "lsgan"  # least squares, or the non-saturating logistic loss
+    loss: Literal["lsgan", "vanilla"] = "lsgan"  # least squares, or non-saturating logistic
     a: float = 0.0  # score that D aims at for generated images
     b: float = 1.0  # score that D aims at for real images
     c: float = 1.0  # score that G aims at for its images
@@ -52,40 +51,26 @@ class Args:
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment
     ema_decay: float = 0.99  # decay of the averaged generator, per generator update
-    precision: Literal["fp32", "bf16"] = "bf16"  # of convolutions; losses stay fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
     graphs: bool = True  # on a GPU, replay each update as a CUDA graph
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 1  # CPU threads; a second one can cost more than it brings on shared cores
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
     log_every: int = 50  # generator updates between rows of log.csv
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 10000  # generated images per evaluation
-    features: Literal["auto", "lenet", "cifarnet"] = "auto"  # network behind the metrics; auto = by channels
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None:
             self.steps = 4000
-        for names, ok, wanted in (
-            ("image_size", lambda v: 8 <= v <= 512 and v & (v - 1) == 0, "a power of two from 8 to 512"),
-            ("channels", lambda v: v in (0, 1, 3), "0, 1 or 3"),
-            ("batch_size steps max_minutes n_critic lr z_dim width threads log_every", lambda v: v > 0, "positive"),
-            ("eval_samples", lambda v: v >= 6, "at least 6"),
-            ("subset sample_every eval_every seed", lambda v: v >= 0, "zero or positive"),
-            ("beta1 beta2 ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
-            ("lr_decay", lambda v: 0 <= v <= 1, "in [0, 1]"),
-            ("a b c", lambda v: True, "a number"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and ok(value)):
-                    raise ValueError(f"{name} must be {wanted}, got {value}")
         if self.loss == "vanilla" and (self.a, self.b, self.c) != (0, 1, 1):
-            raise ValueError("a, b and c are targets of the least-squares loss: leave them out with --loss vanilla")
+            raise ValueError("a, b and c belong to the least-squares loss, not to --loss vanilla")
 
 
 # ---- networks ------------------------------------------------------------------------------
@@ -101,13 +86,23 @@ class Generator(nn.Module):
         self.stem = nn.Linear(z_dim, dims[0] * 16, bias=False)
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [nn.BatchNorm2d(d_in), nn.ReLU(), nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
+            blocks += [nn.BatchNorm2d(d_in), nn.ReLU()]
+            blocks += [nn.ConvTranspose2d(d_in, d_out, 4, 2, 1, bias=False)]
         self.body = nn.Sequential(*blocks, nn.BatchNorm2d(dims[-1]), nn.ReLU())
         self.to_image = nn.ConvTranspose2d(dims[-1], channels, 4, 2, 1)
 
     def forward(self, z):
-        h = self.stem(z).view(len(z), -1, 4, 4)
+        h = self.stem(z).unflatten(1, (-1, 4, 4))
         return self.to_image(self.body(h)).tanh()
+
+
+class SNConv2d(nn.Conv2d):
+    """Convolution for spectral_norm, whose power iteration autocast must not take in bf16."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
 
 
 class Discriminator(nn.Module):
@@ -121,7 +116,7 @@ class Discriminator(nn.Module):
         dims = [channels] + [width * 2**i for i in range(downs)]
         blocks = []
         for d_in, d_out in zip(dims, dims[1:]):
-            blocks += [spectral_norm(nn.Conv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            blocks += [spectral_norm(SNConv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*blocks)
         self.head = spectral_norm(nn.Linear(dims[-1] * 16, 1))
 
@@ -145,7 +140,7 @@ def generator_loss(d_fake, c=1.0):
 
 
 def vanilla_discriminator_loss(d_real, d_fake):
-    """Cross-entropy of real against generated. Logits [N], float32; each mean over N; scalar >= 0."""
+    """Cross-entropy of real against generated. Logits [N], float32; means over N; scalar >= 0."""
     return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
 
 
@@ -164,7 +159,8 @@ def build(args):
     channels = args.channels or 1
     g = Generator(args.z_dim, channels, args.image_size, args.width)
     d = Discriminator(channels, args.image_size, args.width)
-    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g).eval().requires_grad_(False))
+    average = copy.deepcopy(g).eval().requires_grad_(False)
+    nets = dict(generator=g, discriminator=d, generator_ema=average)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
 
@@ -175,9 +171,15 @@ def latents(n, args, generator=None):
 
 @torch.no_grad()
 def sample(nets, args, z):
-    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1] from the averaged weights, in float32."""
+    """z [N, z_dim] -> images [N, channels, H, W] in [-1, 1], float32, from the averaged weights."""
     g = nets["generator_ema"]
     return g(z.to(next(g.parameters()).device))
+
+
+def between(z_a, z_b, t):
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on an arc as N(0, I) lies around a sphere."""
+    angle = F.cosine_similarity(z_a, z_b).clamp(-1 + 1e-6, 1 - 1e-6).acos()[:, None]
+    return (((1 - t) * angle).sin() * z_a + (t * angle).sin() * z_b) / angle.sin()
 
 
 @torch.no_grad()
@@ -199,73 +201,91 @@ def updates(nets, args):
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True, capturable=capturable)
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def autocast():
         on = args.precision == "bf16"
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
-    state = dict(opt_g=adam(g), opt_d=adam(d), t=torch.zeros((), device=device))
-    d_loss = vanilla_discriminator_loss if args.loss == "vanilla" else lambda r, f: discriminator_loss(r, f, args.a, args.b)
-    g_loss = vanilla_generator_loss if args.loss == "vanilla" else lambda f: generator_loss(f, args.c)
+    opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
+
+    def d_loss(d_real, d_fake):
+        if args.loss == "vanilla":
+            return vanilla_discriminator_loss(d_real, d_fake)
+        return discriminator_loss(d_real, d_fake, args.a, args.b)
+
+    def g_loss(d_fake):
+        if args.loss == "vanilla":
+            return vanilla_generator_loss(d_fake)
+        return generator_loss(d_fake, args.c)
 
     def update_d(real):
         z = torch.randn(len(real), args.z_dim, device=device)
         with autocast():
             with torch.no_grad():
                 fake = g(z).to(real.dtype)
-            d_out = d(torch.cat([real, fake])).view(2, -1)  # one call: one power iteration
+            d_out = d(torch.cat([real, fake])).chunk(2)  # one call: one power iteration
         loss = d_loss(*d_out)
-        state["opt_d"].zero_grad()
+        opt_d.zero_grad()
         loss.backward()
-        state["opt_d"].step()
+        opt_d.step()
         return {"loss_d": loss.detach()}
 
     def update_g():
-        d.requires_grad_(False)  # gradients pass through D, none are kept for it
         z = torch.randn(args.batch_size, args.z_dim, device=device)
         with autocast():
             fake = g(z)
             loss = g_loss(d(fake))
-        state["opt_g"].zero_grad()
-        loss.backward()
-        state["opt_g"].step()
-        d.requires_grad_(True)
-        state["t"] += 1
-        update_ema(g_ema, g, ((1 + state["t"]) / (10 + state["t"])).clamp(max=args.ema_decay))
+        opt_g.zero_grad()
+        loss.backward(inputs=list(g.parameters()))  # through D, which keeps none
+        opt_g.step()
+        t.add_(1)
+        update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
         return {"loss_g": loss.detach()}
 
-    return update_d, update_g, state
+    return update_d, update_g, dict(opt_g=opt_g, opt_d=opt_d, t=t)
+
+
+def learning_rate(args, done):
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
+    return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
 
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, gpu, run  # borrowed, here and nowhere else: replace to train elsewhere
+    from common import data, graphs, processes, run, scores  # borrowed: replace to train elsewhere
 
-    run.setup(args)  # checks, processes, threads, seed
-    images = data.load_images(args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir)
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    images = data.load_images(
+        args.dataset, args.data_dir, args.image_size, args.channels, args.cache_dir
+    )
     args.channels = images.channels
-    train = data.subset(images, args.subset, args.batch_size)
     nets = build(args)
-    update_d, update_g, state = updates(nets, gpu.share(args))  # of several processes, one's share of the batch
-    r = run.start(__file__, args, images, nets, state, latents, sample)
-    update_d, update_g = (gpu.graph(u, r.device, args.graphs) for u in (update_d, update_g))
-    batches = data.batches(train, args.batch_size, args.seed, r.drawn, r.device, r.rank, r.ranks, update_d.captures)
-    while r.going():
-        r.set_lr(args.lr * min(1, (1 - r.fraction) / args.lr_decay) if args.lr_decay else args.lr)
-        for _ in range(args.n_critic):
-            losses = update_d(next(batches))
-        r.after_step(losses | update_g())  # counts; when due: logs, draws the grid, scores, saves
-    return r.finish()  # final metrics and pictures, generator.pt
+    update_d, update_g, state = updates(nets, processes.share(args))  # its share of a batch
+    train = data.subset(images, args.subset)
+    batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
+    shown = latents(64, args, torch.Generator().manual_seed(args.seed))
+
+    def draw():
+        return {"samples": sample(nets, args, shown)}
+
+    def generate(n, rng):
+        return sample(nets, args, latents(n, args, rng))
+
+    score = scores.of_generator(generate, images, args)
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        update_d, update_g = (graphs.graph(u, device, args.graphs) for u in (update_d, update_g))
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            for _ in range(args.n_critic):
+                losses = update_d(next(batches))
+            r.after_step(losses | update_g())  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
 
 
 if __name__ == "__main__":
-    try:
-        from common.run import cli
-    except ModuleNotFoundError as e:
-        if e.name not in ("common", "common.run"):
-            raise
-        raise SystemExit("error: training needs the folder common/ beside this file; networks, losses and updates can be imported as they are")
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
     cli(main, Args, __doc__)

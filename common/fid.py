@@ -5,19 +5,20 @@ covariances over n - 1. It is FID only on Inception features. Binkowski et al. 2
 arXiv:1801.01401: the kernel distance KID. Two samples of n from one normal distribution in d
 dimensions are about d (d + 5) / (2 n) apart, so distances compare at equal n only.
 """
-import warnings
-
 import torch
 
 from common.terminal import track
 
 
 def as_features(x, name="features"):
-    """x [N, d], tensor or array, as a detached float64 tensor; ValueError unless 2-D and finite."""
+    """x [N, d], tensor or array, as a detached float64 tensor; ValueError unless 2-D and finite.
+
+    float32 stays float32, as all that it can hold is exact in float64.
+    """
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"{name} must have shape [N, d], got {list(x.shape)}")
-    x = x.double()
+    x = x if x.dtype == torch.float32 else x.double()
     if not x.isfinite().all():
         rows = (~x.isfinite()).any(1).sum().item()
         raise ValueError(f"{name} must be finite, got NaN or infinity in {rows} of {len(x)} rows")
@@ -35,8 +36,8 @@ def as_pair(a, b, names=("a", "b")):
     return a, b.to(a.device)
 
 
-def _at_least_two(a, b):
-    for name, x in (("a", a), ("b", b)):
+def _at_least_two(*sets):
+    for name, x in zip("ab", sets):
         if len(x) < 2:
             raise ValueError(f"{name} needs at least 2 points, got {len(x)}")
 
@@ -70,24 +71,6 @@ class Statistics:
         self.n += len(x)
         return self
 
-    def merge(self, other):
-        """Add what another Statistics has seen, as if its batches had come here."""
-        if other.n == 0:
-            return self
-        if self.n == 0:
-            self.n, self.pilot = other.n, other.pilot
-            self.total, self.outer = other.total, other.outer
-            return self
-        self._check_dimension(len(other.pilot))
-        total, outer = other.total.to(self.total.device), other.outer.to(self.outer.device)
-        # x - self.pilot = (x - other.pilot) + shift
-        shift = other.pilot.to(self.pilot.device) - self.pilot
-        cross = torch.outer(total, shift)
-        self.total = self.total + total + other.n * shift
-        self.outer = self.outer + outer + cross + cross.T + other.n * torch.outer(shift, shift)
-        self.n += other.n
-        return self
-
     def _check_dimension(self, d):
         if d != len(self.pilot):
             raise ValueError(f"features must have dimension {len(self.pilot)} as before, got {d}")
@@ -106,18 +89,6 @@ class Statistics:
             raise ValueError(f"a covariance needs at least 2 points, got {self.n}")
         centred = self.outer - torch.outer(self.total, self.total) / self.n
         return (centred + centred.T) / (2 * (self.n - 1))
-
-    def state_dict(self):
-        """Plain CPU tensors, for torch.save, weights_only loading and gathering over processes."""
-        state = dict(n=torch.tensor(self.n), pilot=self.pilot, total=self.total, outer=self.outer)
-        return {key: value.cpu() for key, value in state.items()}
-
-    @classmethod
-    def from_state_dict(cls, state):
-        self = cls()
-        self.n = int(state["n"])
-        self.pilot, self.total, self.outer = state["pilot"], state["total"], state["outer"]
-        return self
 
 
 def _as_moments(mu, sigma, name):
@@ -171,34 +142,58 @@ def frechet_distance(mu_a, sigma_a, mu_b, sigma_b) -> float:
     return _not_negative(distance.item(), traces)
 
 
+def _spread(x):
+    """Mean [d] of x [n, d], and A [n - 1, d] with A^T A the covariance over n - 1.
+
+    A reflection that takes (1, ..., 1) to the first axis leaves no row for the mean. Centring
+    would: n rows of rank n - 1, whose missing one comes out of an eigenvalue as the root of noise.
+    """
+    n, v = len(x), torch.full((len(x),), len(x) ** -0.5, dtype=x.dtype)
+    v[0] += 1
+    mean = x.mean(0)
+    x = x - mean
+    x = x - torch.outer(v, v @ x) * (2 / v.square().sum())
+    return mean, x[1:] / (n - 1) ** 0.5
+
+
+def frechet_to_moments(a, mu, sigma) -> float:
+    """Frechet distance of features a [n, d], n >= 2, and the moments mu [d], sigma [d, d].
+
+    With n at most d it is computed from the points, without their singular covariance.
+    """
+    a = as_features(a, "a")
+    _at_least_two(a)
+    if len(a) > a.shape[1]:
+        moments = Statistics().update(a)
+        return frechet_distance(moments.mean, moments.cov, mu, sigma)
+    mu, sigma = _as_moments(mu, sigma, "b")
+    if a.shape[1] != len(mu):
+        raise ValueError(f"both sides need the same dimension, got {a.shape[1]} and {len(mu)}")
+    mean, a = _spread(a.cpu())
+    traces = (a.square().sum() + sigma.trace()).item()
+    # tr (A^T A S)^(1/2) = tr (A S A^T)^(1/2), n - 1 instead of d rows and columns
+    root = torch.linalg.eigvalsh(a @ sigma @ a.T).clamp(min=0).sqrt().sum()
+    return _not_negative(((mean - mu).square().sum() + traces - 2 * root).item(), traces)
+
+
 def frechet_from_features(a, b) -> float:
     """Frechet distance of features a [n, d] and b [m, d], n and m at least 2 and free to differ.
 
-    Exact also where a covariance is singular: with n or m at most d, and a warning that such a
-    distance is mostly bias, it is computed from the points, without a covariance.
+    Exact also where a covariance is singular: a side of at most d points is never made into one.
     """
     a, b = as_pair(a, b)
     _at_least_two(a, b)
-    n, m, d = len(a), len(b), a.shape[1]
-    if min(n, m) > d:
-        a, b = Statistics().update(a), Statistics().update(b)
-        return frechet_distance(a.mean, a.cov, b.mean, b.cov)
-
-    warnings.warn(
-        f"a Frechet distance from {n} and {m} points in {d} dimensions is mostly bias; "
-        f"use more than {d} of each",
-        stacklevel=2,
-    )
-    a, b = a.cpu(), b.cpu()
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    a, b = (a - mean_a) / (n - 1) ** 0.5, (b - mean_b) / (m - 1) ** 0.5
-    # S_a = A^T A and S_b = B^T B, so tr (S_a S_b)^(1/2) is the sum of the singular values of A B^T.
-    # Q of B = QR does not change them and R has at most d rows, however large the larger set is.
+    d = a.shape[1]
+    if len(a) > d:
+        a, b = b, a
+    if len(b) > d:
+        moments = Statistics().update(b)
+        return frechet_to_moments(a, moments.mean, moments.cov)
+    (mean_a, a), (mean_b, b) = _spread(a.cpu()), _spread(b.cpu())
     traces = (a.square().sum() + b.square().sum()).item()
-    a, b = (torch.linalg.qr(x, mode="r").R if len(x) > d else x for x in (a, b))
+    # S_a = A^T A and S_b = B^T B, so tr (S_a S_b)^(1/2) is the sum of the singular values of A B^T
     root = torch.linalg.svdvals(a @ b.T).sum()
-    distance = (mean_a - mean_b).square().sum() + traces - 2 * root
-    return _not_negative(distance.item(), traces)
+    return _not_negative(((mean_a - mean_b).square().sum() + traces - 2 * root).item(), traces)
 
 
 # ---- kernel distance -------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def writing(what):
 
 
 def write_atomic(path, data):
-    """Bytes to path by way of a temporary file beside it: a reader sees the old or the new, whole."""
+    """Bytes to path by way of a file beside it: a reader sees the old or the new, whole."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -105,13 +105,21 @@ class Table:
 
 
 def read_csv(path):
-    """Rows of a csv file as dicts of strings; an incomplete last row, left by a kill, is dropped."""
+    """Rows of a csv file as dicts of strings; half a last row, left by a kill, is dropped."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
     except FileNotFoundError:
         return []
     whole = text[: text.rfind("\n") + 1]
     return list(csv.DictReader(io.StringIO(whole)))
+
+
+def as_number(text):
+    """The number in a cell of a table; other text as it is."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 # ---- the cache -------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ def progress(text, now=False):
     _open = rewritten
 
 
-def note(text):
-    """One whole line on stderr, below whatever progress line stands there; silent when quiet."""
-    if not quiet:
+def note(text, always=False):
+    """One whole line on stderr, below the progress line; silent when quiet, unless always."""
+    if always or not quiet:
         close()
         _write(sys.stderr, text + "\n")
 
@@ -94,6 +94,11 @@ def close():
     if _open:
         _write(sys.stderr, "\n")
     _open = False
+
+
+def flush():
+    for stream in (sys.stdout, sys.stderr):
+        _write(stream, "")
 
 
 def track(items, what, total=None):

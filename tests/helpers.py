@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("lsgan", "cn_lsgan", "icr_gan", "wgan_gp")
-TINY = {"steps": 2, "batch_size": 8, "width": 4, "z_dim": 8, "eval_samples": 64, "device": "cpu", "precision": "fp32", "quiet": True}
+SCRIPTS = ("lsgan", "cn_lsgan", "icr_gan", "wgan_gp")  # image GANs with update_d and update_g
+CACHE = str(ROOT / "data" / "cache")
+TINY = {
+    "steps": 2, "batch_size": 8, "width": 4, "z_dim": 8, "eval_samples": 64,
+    "device": "cpu", "precision": "fp32", "threads": 1, "quiet": True,
+}  # fmt: skip
 
 
 def script(name):
@@ -20,6 +24,16 @@ def script(name):
 def tiny(name, **changes):
     """Args of a script for a run of seconds."""
     return script(name).Args(**(TINY | changes))
+
+
+def train(name, out, **changes):
+    """The folder of a run of seconds."""
+    return script(name).main(tiny(name, out_dir=str(out), **({"cache_dir": CACHE} | changes)))
+
+
+def resume(name, folder, **changes):
+    """Go on with the run in a folder, as Python code does."""
+    return script(name).main(script(name).Args(resume=str(folder), **changes))
 
 
 def flags(values):

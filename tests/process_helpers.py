@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import data, gpu, run
-from tests.helpers import ROOT, script, states, tiny
+from common import cli, data, processes, run
+from tests.helpers import CACHE, script, states, tiny
 
-SHORT = {"steps": 4, "log_every": 1, "sample_every": 2, "eval_every": 0, "lr_decay": 0.0, "cache_dir": str(ROOT / "data" / "cache")}
+SHORT = {"steps": 4, "log_every": 1, "sample_every": 2, "eval_every": 0, "lr_decay": 0.0, "cache_dir": CACHE}
 
 
 def critic_step(net, optimiser, real, fake, eps, penalty_only):
@@ -28,55 +28,55 @@ def critic_step(net, optimiser, real, fake, eps, penalty_only):
 
 def critic(dtype, penalty_only=False, steps=3):
     """Parameters of rank 0 after steps on the halves of a batch, and after the same on the whole."""
-    torch.manual_seed(100 + gpu.rank())  # other weights on each rank, until they are aligned
+    torch.manual_seed(100 + processes.rank())  # other weights on each rank, until they are aligned
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.Softplus(), nn.Flatten(), nn.Linear(8 * 16, 1)).to(dtype)
-    gpu.align({"net": net})
+    processes.broadcast_weights({"net": net})
     whole = copy.deepcopy(net)
     own = [torch.optim.SGD(n.parameters(), 0.05, momentum=0.5) for n in (net, whole)]
-    gpu.average_gradients(own[0])
+    processes.average_gradients(own[0])
     draw = torch.Generator().manual_seed(7)
     for _ in range(steps):
         batch = [torch.randn(8, 3, 8, 8, generator=draw).to(dtype) for _ in range(2)]
         batch.append(torch.rand(8, 1, 1, 1, generator=draw).to(dtype))
-        share = slice(4 * gpu.rank(), 4 * gpu.rank() + 4)
+        share = slice(4 * processes.rank(), 4 * processes.rank() + 4)
         critic_step(net, own[0], *(t[share] for t in batch), penalty_only)
         critic_step(whole, own[1], *batch, penalty_only)
     return {"halves": net.state_dict(), "whole": whole.state_dict()}
 
 
 def pieces():
-    """Every helper of common.gpu by itself; what rank 0 sees."""
-    rank = gpu.rank()
+    """Every helper of common.processes by itself; what rank 0 sees."""
+    rank = processes.rank()
     norm = nn.Sequential(nn.BatchNorm2d(2), nn.Linear(1, 1))
     norm.register_buffer("other", torch.tensor(float(rank)))
     norm[0].running_mean.fill_(rank)
     norm[0].num_batches_tracked.fill_(rank)
     before = norm[1].weight.detach().clone()
-    gpu.average_buffers({"norm": norm})
+    processes.average_buffers({"norm": norm})
     pair = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
     optimiser = torch.optim.SGD(pair, 1.0)
-    gpu.average_gradients(optimiser)
+    processes.average_gradients(optimiser)
     pair[0].grad = torch.full((2,), 1.0 + rank)
     if rank == 0:
         pair[1].grad = torch.ones(2)  # none on rank 1
     optimiser.step()
-    gpu.seed(3, 0)
-    noise = gpu.gathered(torch.randn(4))
+    processes.seed(3, 0)
+    noise = processes.gather(torch.randn(4))
     pixels = torch.arange(22 * 3 * 4, dtype=torch.uint8).view(22, 3, 2, 2)
-    batches = data.batches(pixels, 4, 0, rank=rank, ranks=2)
+    batches = data.Batches(pixels, 4, 0, "cpu")
     return {
         "mean": norm[0].running_mean.clone(),
-        "tracked": gpu.gathered(int(norm[0].num_batches_tracked)),
-        "other": gpu.gathered(float(norm.other)),
+        "tracked": processes.gather(int(norm[0].num_batches_tracked)),
+        "other": processes.gather(float(norm.other)),
         "untouched": torch.equal(before, norm[1].weight),
-        "stepped": gpu.gathered([p.detach().tolist() for p in pair]),
+        "stepped": processes.gather([p.detach().tolist() for p in pair]),
         "noise": noise,
-        "average": gpu.average({"a": torch.tensor(1.0 + rank), "b": float("nan") if rank else 0.0}),
-        "highest": gpu.highest(rank, -rank),
-        "told": gpu.gathered(gpu.told(rank + 5)),
-        "batches": [gpu.gathered(next(batches)) for _ in range(7)],
-        "share": gpu.share(tiny("lsgan")).batch_size,
-        "world": (gpu.gathered(rank), gpu.ranks()),
+        "average": processes.average({"a": torch.tensor(1.0 + rank), "b": float("nan") if rank else 0.0}),
+        "maximum": processes.all_reduce_max(rank, -rank),
+        "broadcast": processes.gather(processes.broadcast(rank + 5)),
+        "batches": [processes.gather(next(batches)) for _ in range(7)],
+        "share": processes.share(tiny("lsgan")).batch_size,
+        "world": (processes.gather(rank), processes.ranks()),
     }
 
 
@@ -87,11 +87,13 @@ def train(folder, **changes):
     build = m.build
     m.build = lambda args: made.setdefault("nets", build(args))
     try:
-        args = run.resume(folder, **changes) if "resume" in changes and changes.pop("resume") else None
-        where = m.main(args or tiny("icr_gan", out_dir=str(folder), **(SHORT | changes)))
+        if changes.pop("resume", False):
+            where = m.main(m.Args(resume=str(folder), **changes))
+        else:
+            where = m.main(tiny("icr_gan", out_dir=str(folder), **(SHORT | changes)))
     finally:
         m.build = build
-    return where, gpu.gathered(states(made["nets"]))
+    return where, processes.gather(states(made["nets"]))
 
 
 def interrupted(folder, spoil):
@@ -100,17 +102,17 @@ def interrupted(folder, spoil):
 
     def after_step(self, losses):
         steps.append(self.step + 1)
-        after(self, spoil(losses) if self.step == 2 and gpu.rank() == 1 else losses)
+        after(self, spoil(losses) if self.step == 2 and processes.rank() == 1 else losses)
 
     run.Run.after_step = after_step
     try:
         train(folder, steps=50)
         raised = "nothing"
-    except (run.Stopped, run.Diverged) as e:
+    except (cli.Stopped, cli.Diverged) as e:
         raised = type(e).__name__
     finally:
         run.Run.after_step = after
-    return gpu.gathered((raised, steps[-1]))
+    return processes.gather((raised, steps[-1]))
 
 
 def signalled(losses):
@@ -127,11 +129,11 @@ def everything(folder):
     }
     whole, found["whole"] = train(folder / "whole")
     part, _ = train(folder / "part", steps=2)
-    _, found["resumed"] = train(gpu.told(part), steps=4, resume=True)
+    _, found["resumed"] = train(processes.broadcast(part), steps=4, resume=True)
     found["folders"] = [str(whole), str(part)]
     found["signal"] = interrupted(folder / "signal", signalled)
     found["nan"] = interrupted(folder / "nan", lambda losses: losses | {"loss_d": losses["loss_d"] * float("nan")})
-    if gpu.rank() == 0:
+    if processes.rank() == 0:
         torch.save(found, folder / "found.pt")
 
 
@@ -140,7 +142,7 @@ def death(folder):
     after = run.Run.after_step
 
     def after_step(self, losses):
-        if self.step == 3 and gpu.rank() == 1:
+        if self.step == 3 and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         after(self, losses)
 
@@ -150,5 +152,5 @@ def death(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gpu.start(torch.device("cpu"))
-    run.guard(lambda: {"everything": everything, "death": death}[sys.argv[2]](Path(sys.argv[1])))
+    processes.start(torch.device("cpu"))
+    cli.guard(lambda: {"everything": everything, "death": death}[sys.argv[2]](Path(sys.argv[1])))

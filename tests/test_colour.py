@@ -34,7 +34,7 @@ def test_colour_folders_train_and_are_scored_by_cifarnet(name, image_size, pictu
     assert final["features"] == "cifarnet" and final["n"] == 64 and final["measured_on"]["channels"] == 3
     assert Image.open(folder / "samples.png").mode == "RGB"
     assert Image.open(folder / "samples.gif").n_frames == 2
-    assert m.main(run.resume(folder, steps=3)) == folder
+    assert m.main(m.Args(resume=str(folder), steps=3)) == folder
     nets, args, _ = run.load(folder)
     assert m.sample(nets, args, m.latents(2, args)).shape == (2, 3, image_size, image_size)
 
@@ -42,12 +42,12 @@ def test_colour_folders_train_and_are_scored_by_cifarnet(name, image_size, pictu
 def test_sample_report_and_evaluate_work_for_colour(pictures, tmp_path, capsys):
     places = {"dataset": str(pictures), "cache_dir": str(tmp_path / "cache"), "out_dir": str(tmp_path / "runs")}
     runs = [script(name).main(tiny(name, image_size=16, **places)) for name in SCRIPTS[:2]]
-    sample._command([str(runs[0]), "--n", "70", "--out", str(tmp_path / "fake")])
+    sample.main([str(runs[0]), "--n", "70", "--out", str(tmp_path / "fake")])
     assert Image.open(tmp_path / "fake" / "000069.png").mode == "RGB"
     assert "FID (cifarnet)" in report.compare(runs, tmp_path / "report")
     common = ["--real", str(pictures), "--cache-dir", str(tmp_path / "cache"), "--image-size", "16", "--n", "70"]
-    evaluate._command([*common, "--fake", str(tmp_path / "fake"), "--json", str(tmp_path / "a.json")])
-    evaluate._command([*common, "--fake", str(runs[0]), "--json", str(tmp_path / "b.json")])
+    evaluate.main([*common, "--fake", str(tmp_path / "fake"), "--json", str(tmp_path / "a.json")])
+    evaluate.main([*common, "--fake", str(runs[0]), "--json", str(tmp_path / "b.json")])
     a, b = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
     assert a["fid"] == pytest.approx(b["fid"], rel=1e-5)
     capsys.readouterr()

@@ -275,12 +275,12 @@ def test_identity_as_transformation_costs_nothing():
 
 
 def test_kernels_on_the_cpu_say_that_they_need_the_interpreter(monkeypatch):
-    from common import run
+    from common import machine
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        run.fused(tiny("icr_gan", impl="triton"))
-    assert not run.fused(tiny("icr_gan", impl="auto")) and not run.fused(tiny("icr_gan", impl="torch"))
+        machine.fused(tiny("icr_gan", impl="triton"))
+    assert not machine.fused(tiny("icr_gan", impl="auto")) and not machine.fused(tiny("icr_gan", impl="torch"))
 
 
 def test_no_dropout_in_d():

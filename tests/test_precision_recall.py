@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.precision_recall import _blocks, _direct, precision_recall
+from common.precision_recall import _blocks, _direct, _Points, precision_recall
 
 KEYS = ("precision", "recall", "density", "coverage")
 
@@ -196,12 +196,37 @@ def test_block_size_changes_nothing(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_hold_each_distance_once_within_bounds_of_size_and_error(case):
-    a, b = (x.double() for x in CASES[case])
+    a, b = CASES[case]
+    scale = 2.0 ** -int(max(a.abs().max(), b.abs().max()).double().log2() + 8)
+    pa, pb = (_Points(x.double(), a[0].double(), scale) for x in (a, b))
+    want = _direct(a, b) * scale**2
     for block in (1, 100, 10**9):
-        rows, d2, errors = zip(*_blocks(a, b, block, "distances"))
+        rows, d2, errors = zip(*_blocks(pa, pb, block, "distances"))
         assert max(x.numel() for x in d2) <= max(block, len(b))
         assert torch.equal(torch.cat([a[r] for r in rows]), a)
-        assert ((torch.cat(d2) - _direct(a, b)).abs() <= errors[0]).all()
+        assert ((torch.cat(d2).double() - want).abs() <= torch.cat(errors)).all()
+
+
+def test_the_bound_holds_where_all_rounding_goes_one_way():
+    """1 + 2^-8 lies in the middle between two numbers of bf16, so every factor is off by 2^-8."""
+    x = torch.full((40, 512), 1 + 2.0**-8)
+    x[::2] *= -1
+    points = _Points(x, torch.zeros(512), 2.0**-5)
+    for rows, d2, error in _blocks(points, points, 10**9, "distances"):
+        assert ((d2.double() - _direct(x, x) * 2.0**-10).abs() <= error).all()
+        assert error.max() < 0.05  # of distances up to 4
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e15, 1e30])
+def test_extreme_scales_change_nothing(scale):
+    a, b = gaussian(150, 6), 0.8 * gaussian(130, 6, 1)
+    assert scores(a * scale, b * scale) == scores(a, b)
+
+
+def test_products_leave_the_setting_of_the_process_as_it_was():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    scores(gaussian(20, 3), gaussian(20, 3, 1))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_order_scale_shift_and_rotation_change_nothing():

@@ -10,12 +10,11 @@ import time
 import pytest
 import torch
 
-from common import evaluate, run
-from tests.helpers import ROOT, TINY, assert_same, flags, script
+from common import data, processes, run, scores
+from tests.helpers import CACHE, ROOT, TINY, assert_same, flags, script
 
 TIMEOUT = 240  # seconds for seconds of work: a hang is a failure, a busy machine is none
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-CACHE = str(ROOT / "data" / "cache")
 
 
 def torchrun(*words):
@@ -54,13 +53,11 @@ def test_only_running_statistics_are_averaged(found):
 
 
 def test_each_rank_has_its_noise_and_its_share_of_every_batch(found):
-    from common import data
-
     pieces = found["pieces"]
     a, b = pieces["noise"]
     assert not torch.equal(a, b)
     pixels = torch.arange(22 * 3 * 4, dtype=torch.uint8).view(22, 3, 2, 2)
-    for whole, parts in zip(data.batches(pixels, 4, 0), pieces["batches"]):
+    for whole, parts in zip(data.Batches(pixels, 4, 0, "cpu"), pieces["batches"]):
         assert torch.equal(whole, torch.cat(parts)) and len(parts[0]) == len(parts[1]) == 2
     assert pieces["share"] == TINY["batch_size"] // 2 and pieces["world"] == ([0, 1], 2)
 
@@ -68,7 +65,7 @@ def test_each_rank_has_its_noise_and_its_share_of_every_batch(found):
 def test_numbers_are_agreed_on(found):
     pieces = found["pieces"]
     assert pieces["average"]["a"] == 1.5 and pieces["average"]["b"] != pieces["average"]["b"]
-    assert pieces["highest"] == (1, 0) and pieces["told"] == [5, 5]
+    assert pieces["maximum"] == (1, 0) and pieces["broadcast"] == [5, 5]
 
 
 def test_ranks_end_with_the_same_networks(found):
@@ -79,32 +76,25 @@ def test_ranks_end_with_the_same_networks(found):
 def test_a_resumed_run_of_two_ranks_equals_the_uninterrupted_one(found):
     assert_same(found["whole"][0], found["resumed"][0])
     whole, part = (torch.load(f"{f}/checkpoint.pt", weights_only=True) for f in found["folders"])
-    assert whole["step"] == part["step"] == 4 and len(whole["ranks"]) == 2
-    for x, y in zip(whole["ranks"], part["ranks"]):
-        assert torch.equal(x["rng"], y["rng"])
-    assert not torch.equal(whole["ranks"][0]["rng"], whole["ranks"][1]["rng"])
+    assert whole["step"] == part["step"] == 4 and len(whole["rng"]) == 2
+    for x, y in zip(whole["rng"], part["rng"]):
+        assert torch.equal(x["cpu"], y["cpu"])
+    assert not torch.equal(whole["rng"][0]["cpu"], whole["rng"][1]["cpu"])
 
 
 def test_metrics_are_those_of_the_same_images_scored_by_one_process(found):
     folder = found["folders"][0]
     nets, args, m = run.load(folder)
-    z = torch.Generator().manual_seed(args.seed + 1)
-    fake = evaluate.features_of(lambda n: m.sample(nets, args, m.latents(n, args, z)), args.eval_samples, "lenet")
+
+    def generate(n, rng):
+        return m.sample(nets, args, m.latents(n, args, rng))
+
+    images = data.load_images("digits", cache_dir=CACHE)
+    row = scores.of_generator(generate, images, args)()
     with open(f"{folder}/metrics.csv") as f:
-        row = list(csv.DictReader(f))[-1]
-    from common import data
-
-    scores = evaluate.score(fake, evaluate.reference(data.load_images("digits", cache_dir=CACHE), "lenet", len(fake), CACHE))
-    assert row["n"] == str(args.eval_samples)
-    assert float(row["fid"]) == pytest.approx(scores["fid"], rel=1e-3)
-    assert float(row["precision"]) == pytest.approx(scores["precision"], abs=0.02)
-
-
-def test_features_of_uneven_shares_come_back_in_order():
-    n = evaluate.CHUNK + 7
-    whole = torch.arange(n).float()[:, None]
-    shares = [torch.cat([c.tensor_split(3)[i] for c in whole.split(evaluate.CHUNK)]) for i in range(3)]
-    assert torch.equal(evaluate.in_order(shares, n), whole)
+        saved = list(csv.DictReader(f))[-1]
+    assert saved["n"] == str(args.eval_samples)
+    assert float(saved["fid"]) == pytest.approx(row["fid"], rel=1e-6)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(found):
@@ -154,12 +144,10 @@ def test_a_signal_to_torchrun_saves_once(signum, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert process.returncode != 0 and err.count(f"--resume {folder}") == 1, err[-3000:]
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert saved["step"] >= 8 and len(saved["ranks"]) == 2
+    assert saved["step"] >= 8 and len(saved["rng"]) == 2
 
 
 def test_a_batch_that_cannot_be_shared_is_bad_input(monkeypatch):
-    from common import gpu
-
-    monkeypatch.setattr(gpu, "ranks", lambda: 3)
+    monkeypatch.setattr(processes, "ranks", lambda: 3)
     with pytest.raises(ValueError, match="batch_size is 8; wanted a multiple of the 3"):
-        gpu.share(script("lsgan").Args(**TINY))
+        processes.share(script("lsgan").Args(**TINY))

@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from common import run
-from tests.helpers import ROOT, SCRIPTS, TINY, assert_same, flags, script, tiny
+from common import cli, data, files, run
+from tests import helpers
+from tests.helpers import CACHE, ROOT, SCRIPTS, TINY, assert_same, flags, resume, script, tiny
 
-SHORT = {"steps": 12, "log_every": 2, "sample_every": 4, "eval_every": 6, "cache_dir": str(ROOT / "data" / "cache")}
+SHORT = {"steps": 12, "log_every": 2, "sample_every": 4, "eval_every": 6, "cache_dir": CACHE}
 
 
 def train(name, out, **changes):
-    return script(name).main(tiny(name, out_dir=str(out), **(SHORT | changes)))
+    return helpers.train(name, out, **(SHORT | changes))
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,12 @@ def rows(path):
 
 def assert_same_run(a, b):
     """Two run folders agree in everything but time."""
-    x, y = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
-    assert (x["step"], x["drawn"]) == (y["step"], y["drawn"])
-    for part in ("nets", "state"):
-        for name in x[part]:
-            flat_x, flat_y = {}, {}
-            flatten(x[part][name], "", flat_x), flatten(y[part][name], "", flat_y)
-            assert_same(flat_x, flat_y)
-    assert torch.equal(x["rng"], y["rng"])
+    x, y = (files.load_tensors(f / "checkpoint.pt") for f in (a, b))
+    assert x["step"] == y["step"]
+    for part in ("nets", "state", "rng"):
+        flat_x, flat_y = {}, {}
+        flatten(x[part], "", flat_x), flatten(y[part], "", flat_y)
+        assert_same(flat_x, flat_y)
     assert rows(a / "log.csv") == rows(b / "log.csv")
     assert rows(a / "metrics.csv") == rows(b / "metrics.csv")
     grids = [sorted(p.name for p in (f / "samples").iterdir()) for f in (a, b)]
@@ -59,9 +58,10 @@ def flatten(value, name, into):
     elif isinstance(value, (list, tuple)):
         for i, v in enumerate(value):
             flatten(v, f"{name}.{i}", into)
+    elif torch.is_tensor(value):
+        into[name] = torch.nan_to_num(value.double(), nan=-1.0)
     else:
-        into[name] = value if torch.is_tensor(value) else torch.tensor(float("nan") if value is None else value)
-        into[name] = torch.nan_to_num(into[name].double(), nan=-1.0)
+        into[name] = torch.tensor(list(repr(value).encode()))
 
 
 # ---- the folder
@@ -120,23 +120,22 @@ def test_load_gives_a_trained_run_to_other_code(finished):
         assert_same(nets[name].state_dict(), checkpoint["nets"][name])
 
 
+def start(name, **changes):
+    """A Run of a script whose pictures and scores are stand-ins."""
+    m, args = script(name), tiny(name, **changes)
+    nets = m.build(args)
+    state = m.updates(nets, args)[-1]
+    return run.start(f"{name}.py", args, nets, state, lambda: {}, lambda: {"n": 1})
+
+
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
-    args = tiny("lsgan", out_dir=str(tmp_path))
-    m = script("lsgan")
-    images = type("Images", (), {"images": torch.zeros(8, 1, 32, 32, dtype=torch.uint8), "channels": 1})()
-    folders = set()
-    for _ in range(3):
-        nets = m.build(args)
-        r = run.start("lsgan", args, images, nets, m.updates(nets, args)[2], m.latents, m.sample)
-        r._release_signals()
-        folders.add(r.folder)
-    assert len(folders) == 3
+    assert len({start("lsgan", out_dir=str(tmp_path)).folder for _ in range(3)}) == 3
 
 
 def test_all_coefficients_zero_is_the_run_of_lsgan(tmp_path):
     off = dict.fromkeys(("lambda_real", "lambda_fake", "lambda_dis", "lambda_gen"), 0.0)
     a, b = train("lsgan", tmp_path), train("icr_gan", tmp_path, **off)
-    x, y = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
+    x, y = (files.load_tensors(f / "checkpoint.pt") for f in (a, b))
     for name in x["nets"]:
         assert_same(x["nets"][name], y["nets"][name])
     assert rows(a / "metrics.csv") == rows(b / "metrics.csv")
@@ -153,7 +152,7 @@ def test_n_critic_draws_that_many_batches_per_step(tmp_path):
     folder = train("lsgan", tmp_path, steps=2, n_critic=3, log_every=1)
     assert [r["images"] for r in rows(folder / "log.csv")] == ["24", "48"]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["drawn"] == 6
+    assert checkpoint["state"]["batches"]["drawn"] == 6
     steps = [checkpoint["state"][o]["state"][0]["step"].item() for o in ("opt_d", "opt_g")]
     assert steps == [6, 2]
 
@@ -177,8 +176,7 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(finished, tmp_pa
     assert e.value.signum == signal.SIGTERM and "--resume" in str(e.value)
     (folder,) = tmp_path.iterdir()
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 7
-    m = script("icr_gan")
-    assert m.main(run.resume(folder)) == folder
+    assert resume("icr_gan", folder, quiet=True) == folder
     assert_same_run(finished, folder)
 
 
@@ -195,16 +193,16 @@ def test_rows_and_grids_past_the_checkpoint_are_cut_back(finished, tmp_path, mon
     monkeypatch.undo()
     with open(folder / "log.csv", "a") as f:
         f.write("14,1")  # a row that was being written
-    script("icr_gan").main(run.resume(folder))
+    resume("icr_gan", folder)
     assert_same_run(finished, folder)
 
 
 def test_more_steps_continue_a_finished_run(tmp_path):
     folder = train("lsgan", tmp_path, steps=4)
-    script("lsgan").main(run.resume(folder, steps=6))
+    resume("lsgan", folder, steps=6)
     assert [r["step"] for r in rows(folder / "log.csv")] == ["2", "4", "6"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
-    assert run.resume(folder, max_minutes=1.0).steps is None
+    assert cli.resume(folder, script("lsgan").Args, max_minutes=1.0).steps is None
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path, monkeypatch):
@@ -213,8 +211,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_pat
         train("icr_gan", tmp_path)
     monkeypatch.undo()
     (folder,) = tmp_path.iterdir()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    script("icr_gan").main(run.resume(folder))
+    resume("icr_gan", folder)
     assert_same_run(finished, folder)
 
 
@@ -222,17 +219,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_pat
     "changes, said", [({"lr": 1.0}, "lr"), ({"sigma": 0.1}, "sigma"), ({"steps": 0}, "steps"), ({"dataset": "mnist"}, "dataset")]
 )
 def test_only_end_and_cadence_may_change_on_resume(finished, changes, said):
+    m = script("icr_gan")
     with pytest.raises(ValueError, match=said):
-        run.resume(finished, **changes)
+        m.main(m.Args(resume=str(finished), **changes))
+    with pytest.raises(ValueError, match=said):
+        cli.parse(m.Args, ["--resume", str(finished), *flags(changes)])
 
 
 @pytest.mark.parametrize("name, changes", [*((name, {}) for name in SCRIPTS), ("wgan_gp", {"clip": 0.01})])
 def test_every_scripts_resumed_run_equals_an_uninterrupted_one(name, changes, tmp_path):
     """Whatever a method keeps beside the networks: optimisers, counters, what one update leaves for the other."""
-    short = changes | {"lr_decay": 0.0, "subset": 64, "out_dir": str(tmp_path), "cache_dir": str(ROOT / "data" / "cache")}
+    short = changes | {"lr_decay": 0.0, "subset": 64, "out_dir": str(tmp_path), "cache_dir": CACHE}
     m = script(name)
     whole, part = (m.main(tiny(name, steps=steps, **short)) for steps in (4, 2))
-    m.main(run.resume(part, steps=4, quiet=True))
+    resume(name, part, steps=4, quiet=True)
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, part))
     for net in a["nets"]:
         assert_same(a["nets"][net], b["nets"][net])
@@ -245,25 +245,25 @@ def test_every_scripts_resumed_run_equals_an_uninterrupted_one(name, changes, tm
 @pytest.mark.parametrize("name, changes", [("lsgan", {}), ("wgan_gp", {"clip": 0.01})])
 def test_a_run_of_a_gpu_goes_on_on_the_cpu(name, changes, tmp_path):
     """What its optimisers saved of the device, capturable, must not be taken over."""
-    places = {"out_dir": str(tmp_path), "cache_dir": str(ROOT / "data" / "cache")}
+    places = {"out_dir": str(tmp_path), "cache_dir": CACHE}
     folder = script(name).main(tiny(name, **changes, **places))
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     for key in ("opt_g", "opt_d"):
         saved["state"][key]["param_groups"][0]["capturable"] = True
     torch.save(saved, folder / "checkpoint.pt")
-    script(name).main(run.resume(folder, steps=4))
+    resume(name, folder, steps=4)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 4 and not saved["state"]["opt_g"]["param_groups"][0]["capturable"]
 
 
 def test_resume_of_another_scripts_run_or_of_none_is_bad_input(finished, tmp_path):
     with pytest.raises(ValueError, match="icr_gan.py, not by lsgan.py"):
-        run.parse(script("lsgan").Args, ["--resume", str(finished)])
+        cli.parse(script("lsgan").Args, ["--resume", str(finished)])
     with pytest.raises(ValueError, match="no run folder"):
-        run.parse(script("lsgan").Args, ["--resume", str(tmp_path)])
+        cli.parse(script("lsgan").Args, ["--resume", str(tmp_path)])
     (tmp_path / "args.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
-        run.resume(tmp_path)
+        cli.resume(tmp_path, script("lsgan").Args)
 
 
 def copied(folder, to):
@@ -278,7 +278,7 @@ def test_a_truncated_checkpoint_is_named_and_left_alone(finished, tmp_path, cut)
     whole = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(whole[:cut])
     with pytest.raises(ValueError, match="checkpoint.pt cannot be loaded"):
-        script("icr_gan").main(run.resume(folder, steps=14))
+        resume("icr_gan", folder, steps=14)
     assert (folder / "checkpoint.pt").read_bytes() == whole[:cut]
     assert rows(folder / "log.csv") == rows(finished / "log.csv")
 
@@ -329,6 +329,7 @@ def states_of(saved):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    data.load_images("digits", cache_dir=CACHE)  # which may have to be drawn first
     fsync = os.fsync
     calls = []
 
@@ -339,7 +340,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(run.Failed, match="No space left on device"):
+    with pytest.raises(files.NotSaved, match="No space left on device"):
         train("lsgan", tmp_path, sample_every=2)
     (folder,) = tmp_path.iterdir()
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # args.json, 0, 2, 4
@@ -357,7 +358,7 @@ def test_a_folder_that_went_away_is_a_failure_not_bad_input(tmp_path, monkeypatc
         after(self, losses)
 
     monkeypatch.setattr(run.Run, "after_step", remove)
-    with pytest.raises(run.Failed, match="could not write"):
+    with pytest.raises(files.NotSaved, match="could not write"):
         train("lsgan", tmp_path)
 
 

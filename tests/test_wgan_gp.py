@@ -7,7 +7,7 @@ from torch import nn
 
 import lsgan
 import wgan_gp
-from common import run
+from common import cli
 from tests.helpers import ROOT, LinearCritic, Recorder, tiny, trained
 from wgan_gp import critic_loss, generator_loss, gradient_penalty, interpolate
 
@@ -201,8 +201,8 @@ def test_defaults_follow_clip():
 
 def test_clip_beside_a_penalty_is_bad_input():
     with pytest.raises(ValueError, match="clip 0.01.*lambda_gp 10"):
-        run.parse(wgan_gp.Args, "--clip 0.01 --lambda-gp 10".split())
-    assert run.parse(wgan_gp.Args, "--clip 0.01 --lambda-gp 0".split()) == wgan_gp.Args(clip=0.01)
+        cli.parse(wgan_gp.Args, "--clip 0.01 --lambda-gp 10".split())
+    assert cli.parse(wgan_gp.Args, "--clip 0.01 --lambda-gp 0".split()) == wgan_gp.Args(clip=0.01)
 
 
 @pytest.mark.parametrize("key, value", [("clip", -0.1), ("clip", float("nan")), ("lambda_gp", -1.0), ("lambda_gp", float("inf")), ("lr", 0.0)])

@@ -1,0 +1,347 @@
+"""CycleGAN: translation between two sets of images of which no two belong together.
+
+Paper    Zhu et al. 2017, Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
+         Networks, arXiv:1703.10593.
+Losses   Generators G: A -> B, F: B -> A; least squares (Mao et al. 2016, arXiv:1611.04076) on
+         the maps of scores of D_A and D_B, D_A judging images of domain A; means everywhere:
+         L_D  = 1/2 E[(D_B(b) - 1)^2] + 1/2 E[D_B(pool(G(a)))^2], and the same of D_A and F(b)
+         L_GF = E[(D_B(G(a)) - 1)^2] + E[(D_A(F(b)) - 1)^2]
+                + lambda_cycle E|F(G(a)) - a| + lambda_cycle_b E|G(F(b)) - b|
+                + lambda_identity (E|G(b) - b| + E|F(a) - a|)
+Differs  1. Maps are enlarged by kernels of 4, stride 2, which cover every pixel equally often;
+         the paper's kernels of 3 do not, which shows as checkerboards; 2. networks, patches of D
+         and batch are those found for 64 pixels and minutes; 3. an exponential average of both
+         generators is sampled and scored, the paper takes the generators themselves; 4. the weight
+         of the identity is absolute, 5; the paper's is relative, .5 of 10, where it has one.
+Reached  nothing measured yet.
+Run      python cyclegan.py                                # built-in stripes
+         python cyclegan.py --dataset horse2zebra
+Use      from cyclegan import Args, build, sample          # needs torch only
+
+Commonly done wrong: the way from A to B to A detached in its middle, which leaves G without half of
+its cycle's gradient; images put into the pool with their graph, or as a view of a batch that is
+overwritten later; the pool's random numbers outside the checkpoint; reflection by as many pixels as
+there are channels, which shrinks grey images; a sigmoid, or a mean over the map, before the square;
+the two sets read side by side in one order, so that each image only ever meets the same other.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Args:
+    # data
+    dataset: str = "stripes"  # stripes (built in), horse2zebra or a folder with trainA, trainB
+    data_dir: str = "data"  # where data sets lie; downloads go here
+    cache_dir: str = "data/cache"  # decoded images and statistics of real images
+    subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
+    image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
+    channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
+    # method
+    lambda_cycle: float = 10.0  # weight of A to B to A giving the image back
+    lambda_cycle_b: float | None = None  # weight of B to A to B [as lambda_cycle]
+    lambda_identity: float = 5.0  # weight of leaving images alone that are in the domain already
+    pool_size: int = 50  # generated images kept per domain to train D on; 0 = the newest only
+    # networks
+    n_blocks: int = 3  # residual blocks of a generator
+    width: int = 16  # channels at the widest resolution; deeper layers double
+    patch_layers: int = 2  # halvings of D; 0 = judges single pixels
+    paper_upsampling: bool = False  # kernels of 3 where maps are enlarged, uneven as in the paper
+    # optimisation
+    steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
+    max_minutes: float | None = None  # end after this much training time [no limit]
+    batch_size: int = 1  # images of each domain per update
+    lr: float = 2e-4  # Adam step size, all networks
+    lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
+    beta1: float = 0.5  # Adam decay of the first moment
+    beta2: float = 0.999  # Adam decay of the second moment
+    ema_decay: float = 0.99  # decay of the averaged generators, per update
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions; auto = bf16 where faster
+    graphs: bool = True  # on a GPU, replay each update as a CUDA graph
+    # run
+    seed: int = 0  # seeds weights, noise and the order of the data
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: int = 0  # CPU threads; 0 = as many as pay
+    out_dir: str = "runs"  # parent of the run folder
+    log_every: int = 50  # generator updates between rows of log.csv
+    sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
+    eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
+    eval_samples: int = 1000  # test images of each domain per evaluation, if there are as many
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network of the metrics
+    resume: str | None = None  # run folder to go on with
+    quiet: bool = False  # no progress on the terminal
+
+    def __post_init__(self):
+        if self.steps is None and self.max_minutes is None:
+            self.steps = 4000
+        if self.lambda_cycle_b is None:
+            self.lambda_cycle_b = self.lambda_cycle
+
+
+# ---- networks ------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """Maps [N, width, H, W] -> the same shape; nothing follows the sum."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect"),
+            nn.InstanceNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect"),
+            nn.InstanceNorm2d(width),
+        )
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class ResnetGenerator(nn.Module):
+    """Images [N, channels, H, W] in [-1, 1] -> the same shape, range and dtype.
+
+    H and W are multiples of 4, at least 8. Paper, section 7.1. No layer couples the images of a
+    batch. Biases before a norm change nothing; the paper's networks have them, and so its counts.
+    """
+
+    def __init__(self, channels=3, n_blocks=3, width=16, paper_upsampling=False):
+        super().__init__()
+        up = dict(kernel_size=4, stride=2, padding=1)
+        if paper_upsampling:
+            up = dict(kernel_size=3, stride=2, padding=1, output_padding=1)
+        dims = [width, 2 * width, 4 * width]
+        layers = [nn.Conv2d(channels, width, 7, padding=3, padding_mode="reflect")]
+        for d_in, d_out in zip(dims, dims[1:]):
+            layers += [nn.InstanceNorm2d(d_in), nn.ReLU(), nn.Conv2d(d_in, d_out, 3, 2, 1)]
+        layers += [nn.InstanceNorm2d(dims[-1]), nn.ReLU()]
+        layers += [ResidualBlock(dims[-1]) for _ in range(n_blocks)]
+        for d_in, d_out in zip(dims[::-1], dims[-2::-1]):
+            layers += [nn.ConvTranspose2d(d_in, d_out, **up), nn.InstanceNorm2d(d_out), nn.ReLU()]
+        layers += [nn.Conv2d(width, channels, 7, padding=3, padding_mode="reflect")]
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.body(x).to(x.dtype).tanh()
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [N, channels, H, W] in [-1, 1] -> scores [N, 1, h, w] of patches, unbounded, float32.
+
+    n_layers halvings, then two convolutions of kernel 4 at that resolution: fields of 16, 34, 70
+    pixels for 1, 2, 3; 0 judges single pixels. Isola et al. 2016, arXiv:1611.07004, section 6.1.2.
+    """
+
+    def __init__(self, channels, width, n_layers, norm="batch"):
+        super().__init__()
+        batch = norm == "batch"
+        normalise = nn.BatchNorm2d if batch else nn.InstanceNorm2d
+        kernel, padding = (4, 1) if n_layers else (1, 0)
+        strides = [2] * n_layers + [1] if n_layers else [1, 1]
+        layers, d_in = [], channels
+        for i, stride in enumerate(strides):
+            d_out = width * min(2**i, 8)
+            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=not (i and batch))]
+            layers += [normalise(d_out)] if i else []
+            layers += [nn.LeakyReLU(0.2)]
+            d_in = d_out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Conv2d(d_in, 1, kernel, 1, padding)
+
+    def forward(self, x):
+        h = self.body(x)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 has 8 bits, too few for scores
+            return self.head(h.to(self.head.bias.dtype))
+
+
+# ---- losses: tensors in, scalar out, no state, no randomness ---------------------------------
+
+
+def discriminator_loss(d_real, d_fake):
+    """Half the least-squares loss of one D. Scores [N, 1, h, w], float32; each mean over all."""
+    return 0.5 * ((d_real - 1).square().mean() + d_fake.square().mean())
+
+
+def generator_adv_loss(d_fake):
+    """Least-squares loss of one generator. Scores [N, 1, h, w], float32; mean over all."""
+    return (d_fake - 1).square().mean()
+
+
+def cycle_loss(rec, real):
+    """Mean |rec - real|, eq. 2, unweighted. Images [N, C, H, W]; rec has been there and back."""
+    return (rec - real).abs().mean()
+
+
+def identity_loss(idt, real):
+    """Mean |idt - real|, section 5.2, unweighted. Images [N, C, H, W]; idt is G(b) or F(a)."""
+    return (idt - real).abs().mean()
+
+
+# ---- assembly --------------------------------------------------------------------------------
+
+
+class ImagePool:
+    """Generated images of the past, some of which D sees instead of the newest.
+
+    Shrivastava et al. 2016, arXiv:1612.07828, section 2.3. The first `size` images are stored and
+    returned. After them an image is, with probability 1/2, returned and not stored; else it takes
+    the place of a stored one, uniformly drawn, which is returned.
+    """
+
+    def __init__(self, size):
+        self.size = size
+        self.images = torch.empty(0)
+        self.filled = torch.zeros((), dtype=torch.int64)
+
+    def query(self, images):
+        """[N, C, H, W] -> as many images without graph, as if they had come one by one."""
+        images = images.detach()
+        if not self.size:
+            return images
+        if not len(self.images):
+            self.images = images.new_zeros(self.size, *images.shape[1:])
+        self.images, self.filled = self.images.to(images.device), self.filled.to(images.device)
+        drawn = torch.randint(2 * self.size, (len(images),), device=images.device)
+        returned = []
+        for image, slot in zip(images.split(1), drawn.split(1)):
+            filling = self.filled < self.size
+            stored = filling | (slot < self.size)  # half of the numbers are those of slots
+            slot = torch.where(filling, self.filled, slot % self.size)
+            old = self.images.index_select(0, slot)
+            returned.append(torch.where(stored & ~filling, old, image))
+            self.images.index_copy_(0, slot, torch.where(stored, image, old))
+            self.filled += filling
+        return torch.cat(returned)
+
+    def state_dict(self):
+        return dict(images=self.images, filled=self.filled)
+
+    def load_state_dict(self, state):
+        self.images, self.filled = state["images"].clone(), state["filled"].clone()
+
+
+def initialise(net):
+    """Weights of convolutions from N(0, 0.02^2), biases 0, as the paper's appendix says."""
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(m.weight, 0, 0.02)
+            nn.init.zeros_(m.bias)
+    return net
+
+
+def build(args):
+    """Networks on args.device: generator and generator_ema, the one sampled, each with AtoB and
+
+    BtoA; discriminator with A and B, each the judge of images of its own domain."""
+    cuda = args.device == "auto" and torch.cuda.is_available()
+    device = "cuda" if cuda else args.device.replace("auto", "cpu")
+    channels = args.channels or 1
+
+    def generator():
+        return ResnetGenerator(channels, args.n_blocks, args.width, args.paper_upsampling)
+
+    def discriminator():
+        return PatchDiscriminator(channels, args.width, args.patch_layers, "instance")
+
+    g = initialise(nn.ModuleDict({"AtoB": generator(), "BtoA": generator()}))
+    d = initialise(nn.ModuleDict({"A": discriminator(), "B": discriminator()}))
+    ema = copy.deepcopy(g).eval().requires_grad_(False)
+    nets = dict(generator=g, discriminator=d, generator_ema=ema)
+    return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
+
+
+def multiple(args):
+    """Height and width of an input are multiples of this."""
+    return 4
+
+
+@torch.no_grad()
+def sample(nets, args, x, direction="AtoB"):
+    """x [N, channels, H, W] in [-1, 1] -> its translation, by the averaged weights, in float32."""
+    g = nets["generator_ema"][direction]
+    return g(x.to(next(g.parameters()).device))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, decay a 0-d tensor; buffers are copied."""
+    for e, m in zip(ema.parameters(), model.parameters()):
+        e.lerp_(m, 1 - decay)
+    for e, m in zip(ema.buffers(), model.buffers()):
+        e.copy_(m)
+
+
+def updates(nets, args):
+    """update(a, b) and state: what a checkpoint needs besides the networks.
+
+    The update steps both generators, then both discriminators on what the generators had made
+    before their step, and returns the 0-d tensors to log. a and b are float32 [N, channels, H, W]
+    in [-1, 1] on the device of the networks, of domains A and B, and unrelated.
+    """
+    g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
+    device = next(g.parameters()).device
+
+    def adam(net):
+        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
+        betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
+
+    def autocast():
+        on = args.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+    opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
+    pool_a, pool_b = ImagePool(args.pool_size), ImagePool(args.pool_size)
+
+    def update(a, b):
+        d.requires_grad_(False)  # gradients pass through D, none are kept for it
+        with autocast():
+            fake_b, fake_a = g["AtoB"](a), g["BtoA"](b)
+            terms = [
+                (1, "adv_a", generator_adv_loss(d["A"](fake_a))),
+                (1, "adv_b", generator_adv_loss(d["B"](fake_b))),
+            ]
+            if args.lambda_cycle:
+                terms += [(args.lambda_cycle, "cycle_a", cycle_loss(g["BtoA"](fake_b), a))]
+            if args.lambda_cycle_b:
+                terms += [(args.lambda_cycle_b, "cycle_b", cycle_loss(g["AtoB"](fake_a), b))]
+            if args.lambda_identity:
+                terms += [
+                    (args.lambda_identity, "identity_a", identity_loss(g["BtoA"](a), a)),
+                    (args.lambda_identity, "identity_b", identity_loss(g["AtoB"](b), b)),
+                ]
+            loss_g = sum(weight * term for weight, _, term in terms)
+        opt_g.zero_grad()
+        loss_g.backward()
+        opt_g.step()
+        d.requires_grad_(True)
+
+        with autocast():
+            d_real_a, d_fake_a = d["A"](torch.cat([a, pool_a.query(fake_a)])).chunk(2)
+            d_real_b, d_fake_b = d["B"](torch.cat([b, pool_b.query(fake_b)])).chunk(2)
+            loss_d_a = discriminator_loss(d_real_a, d_fake_a)
+            loss_d_b = discriminator_loss(d_real_b, d_fake_b)
+        opt_d.zero_grad()
+        (loss_d_a + loss_d_b).backward()
+        opt_d.step()
+
+        t.add_(1)
+        update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
+        losses = dict(loss_g=loss_g, loss_d_a=loss_d_a, loss_d_b=loss_d_b)
+        losses |= {name: term for _, name, term in terms}
+        scores = dict(d_real_a=d_real_a, d_fake_a=d_fake_a, d_real_b=d_real_b, d_fake_b=d_fake_b)
+        losses |= {name: score.mean() for name, score in scores.items()}
+        return {name: value.detach() for name, value in losses.items()}
+
+    state = dict(opt_g=opt_g, opt_d=opt_d, t=t, pool_a=pool_a, pool_b=pool_b)
+    return update, state
+
+
+def learning_rate(args, done):
+    """Adam's step size when the share done of the run is behind: constant, then linear to 0."""
+    return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
