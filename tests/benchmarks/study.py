@@ -295,7 +295,7 @@ def score(folder, a):
     ref = y.reference(data.load_images("mnist", a.data_dir, y.IMAGE_SIZE, 1, a.cache_dir), a.cache_dir)
     if folder:
         images = y.sample_run(*y.load_run(folder), a.n)
-        print(f"{y.distance(y.extract(y.classifier_of(ref), images), ref['train']):.4f}")
+        print(f"{y.frechet_from_features(ref['train'], y.extract(y.classifier_of(ref), images)):.4f}")
 
 
 # ---- the csv ---------------------------------------------------------------------------------
