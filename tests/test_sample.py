@@ -204,7 +204,7 @@ def test_draws_of_the_noise_come_with_their_spread(negative, tmp_path, capsys):
     Image.new("RGB", (50, 9)).save(tmp_path / "b.png")  # draws are those of the picture alone
     sample.main(["RUN", "--input", str(tmp_path), "--draws", "2", "--out", str(tmp_path / "y")])
     assert np.array_equal(pixels(tmp_path / "y" / "a-2.png"), draws[1])
-    sample.main(["RUN", "--input", str(tmp_path / "a.png"), "--dropout", "off", "--out", str(tmp_path / "z")])
+    sample.main([*words[:3], "--dropout", "off", "--out", str(tmp_path / "z")])
     assert np.unique(pixels(tmp_path / "z" / "a.png")).tolist() == [127, 128]
 
 
