@@ -237,7 +237,7 @@ class Batches:
 
 
 def _folder(name, kind, data_dir):
-    """The folder of a named set or at a path; ValueError says what was wanted where there is none."""
+    """The folder of a named set or at a path; ValueError says what else was wanted."""
     if name in NAMES[kind]:
         folder = Path(data_dir, name)
         if not folder.is_dir():
@@ -286,8 +286,8 @@ def _published(name, data_dir):
     except Exception as e:  # whatever urllib, ssl, pickle, tarfile and torch raise comes through
         reason = (str(e).strip().splitlines() or [type(e).__name__])[-1]
         raise ValueError(
-            f"{name} can be neither read from {data_dir} nor downloaded to it ({reason}); --dataset "
-            "digits needs no download"
+            f"{name} can be neither read from {data_dir} nor downloaded to it ({reason}); "
+            "--dataset digits needs no download"
         ) from e
     splits = []
     for part, m in zip(both, (60_000, 10_000)):
