@@ -53,7 +53,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
@@ -174,7 +174,7 @@ def sample(nets, args, z):
 
 
 def between(z_a, z_b, t):
-    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line: all of it is as likely a priori."""
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line: a cube asks for no arc."""
     return (1 - t) * z_a + t * z_b
 
 
@@ -272,7 +272,7 @@ def updates(nets, args):
             both /= dist.get_world_size()
         k.copy_(update_k(k, *both, args.gamma, args.lambda_k))
         m = convergence_measure(*both, args.gamma)
-        m_mean.lerp_(m, 1 - (t / (1 + t)).clamp(max=0.99))  # of about the last 100 updates
+        m_mean.lerp_(m, (1 / t).clamp(min=0.01))  # over about the last 100 updates
         if args.stall_steps:
             look = t % args.stall_steps == 0
             m_sum.add_(m)

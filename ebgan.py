@@ -59,7 +59,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if not 0 <= self.margin_decay <= 1:
             raise ValueError(f"margin_decay must be in [0, 1], got {self.margin_decay}")
@@ -288,7 +288,8 @@ def learning_rate(args, done):
 
 def margin_at(args, done):
     """The margin when the share done of the run, in [0, 1], is behind: constant, then to 0."""
-    return args.margin * min(1, (1 - done) / args.margin_decay) if args.margin_decay else args.margin
+    left = min(1, (1 - done) / args.margin_decay) if args.margin_decay else 1
+    return args.margin * left
 
 
 def main(args):

@@ -76,7 +76,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if self.shift is None:
             self.shift = max(1, self.image_size // 32)

@@ -76,7 +76,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if not self.lambda_adv and not self.lambda_l1:
             raise ValueError("lambda_adv and lambda_l1 are both 0: nothing is left to train on")
@@ -340,14 +340,15 @@ def main(args):
     baselines = {}
 
     def translate(x):
-        torch.manual_seed(args.seed)  # the same noise each time; run keeps training's apart
-        return torch.cat([sample(nets, args, part).cpu() for part in x.split(64)])
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(args.seed)  # the same noise each time, and none of training's
+            return torch.cat([sample(nets, args, part).cpu() for part in x.split(64)])
 
     def coloured(x, channels=3):
         return x if x.shape[1] == channels else x.mean(1, True).expand(-1, channels, -1, -1)
 
     def draw():
-        rows = source[:16], translate(source[:16]), target[:16]
+        rows = source[:8], translate(source[:8]), target[:8]
         return {"samples": torch.stack([coloured(x) for x in rows], 1)}
 
     def distances(images):

@@ -235,7 +235,7 @@ def resume(folder, cls, **given):
 def take_over(args):
     """In Python, Args(resume=RUN, steps=8000): fill in those of RUN where none was given."""
     if args.resume and not isinstance(args.resume, RunFolder):
-        default = vars(type(args)())
+        default = vars(type(args)(resume=args.resume))
         given = {k: v for k, v in vars(args).items() if k != "resume" and v != default[k]}
         vars(args).update(vars(resume(args.resume, type(args), **given)))
 

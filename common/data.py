@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from common import files, folders, processes, synthetic, terminal
 
 DIGITS = 20_000, 4_000  # training and held-out images
-BLUEPRINTS = 2_000, 200
-STRIPES = 1_000, 100  # in each domain
+BLUEPRINTS = 1_500, 200  # some ten seconds of drawing at 64 px
+STRIPES = 1_100, 150  # in each domain
 PUBLISHED = {  # name: class in torchvision.datasets, where packed files lie
     "mnist": ("MNIST", "MNIST/raw/*.gz"),
     "fashion": ("FashionMNIST", "FashionMNIST/raw/*.gz"),
@@ -176,9 +176,10 @@ class Batches:
     """
 
     def __init__(self, images, batch_size, seed, device, domain=0):
-        self.images = images if isinstance(images, Images) else Images(images)
+        self._images = images if isinstance(images, Images) else Images(images)
+        self.pixels = pixels = self._images.images
         self.drawn, self.batch_size, self.device = 0, batch_size, torch.device(device)
-        pixels, ranks = self.images.images, processes.ranks()
+        ranks = processes.ranks()
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(
                 f"batch_size is {batch_size}; wanted a positive multiple of the {ranks} processes"
@@ -204,14 +205,14 @@ class Batches:
         self.drawn += 1
         if self._floats is not None:
             return torch.index_select(self._floats, 0, rows, out=self._batch)
-        batch = self.images.images[rows]
+        batch = self.pixels[rows]
         if self.device.type == "cuda":  # not waited for; bytes are a quarter of the floats
             batch = batch.pin_memory().to(self.device, non_blocking=True)
         return to_float(batch)
 
     def _rows(self):
         """Numbers of the images in this process's share of the next batch."""
-        n = len(self.images)
+        n = len(self.pixels)
         epoch, i = divmod(self.drawn, n // self.batch_size)
         if epoch != self._epoch:
             order = torch.randperm(n, generator=synthetic.generator(*self._numbers, epoch))
@@ -221,13 +222,13 @@ class Batches:
         return self._order[first : first + self._share]
 
     def state_dict(self):
-        return {"drawn": self.drawn, "fingerprint": self.images.fingerprint}
+        return {"drawn": self.drawn, "fingerprint": self._images.fingerprint}
 
     def load_state_dict(self, state):
-        if state["fingerprint"] != self.images.fingerprint:
+        if state["fingerprint"] != self._images.fingerprint:
             raise ValueError(
                 "the training images have changed since: their fingerprint is "
-                f"{self.images.fingerprint}, it was {state['fingerprint']}"
+                f"{self._images.fingerprint}, it was {state['fingerprint']}"
             )
         self.drawn = state["drawn"]
 
@@ -236,7 +237,7 @@ class Batches:
 
 
 def _folder(name, kind, data_dir):
-    """The folder of a named set or at a path; ValueError says what was wanted instead of nothing."""
+    """The folder of a named set or at a path; ValueError says what else was wanted."""
     if name in NAMES[kind]:
         folder = Path(data_dir, name)
         if not folder.is_dir():
@@ -285,8 +286,8 @@ def _published(name, data_dir):
     except Exception as e:  # whatever urllib, ssl, pickle, tarfile and torch raise comes through
         reason = (str(e).strip().splitlines() or [type(e).__name__])[-1]
         raise ValueError(
-            f"{name} can be neither read from {data_dir} nor downloaded to it ({reason}); --dataset "
-            "digits needs no download"
+            f"{name} can be neither read from {data_dir} nor downloaded to it ({reason}); "
+            "--dataset digits needs no download"
         ) from e
     splits = []
     for part, m in zip(both, (60_000, 10_000)):

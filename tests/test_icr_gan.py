@@ -285,3 +285,19 @@ def test_kernels_on_the_cpu_say_that_they_need_the_interpreter(monkeypatch):
 
 def test_no_dropout_in_d():
     assert not any("Dropout" in type(m).__name__ for m in icr_gan.Discriminator().modules())
+
+
+def test_the_distance_that_g_enlarges_is_taken_in_float32_under_bf16():
+    args, ops = tiny("icr_gan", precision="bf16"), Recorder("icr_gan")
+    m = icr_gan
+    m.updates(m.build(args), args, ops)[1]()
+    ((name, (a, b, _)),) = ops.calls
+    assert name == "consistency" and a.dtype == b.dtype == torch.float32
+
+
+def test_a_perfectly_fooled_discriminator_is_no_divergence(monkeypatch):
+    m, args = icr_gan, tiny("icr_gan")
+    nets = m.build(args)
+    nets["discriminator"].forward = lambda x: x.flatten(1).sum(1) * 0 + 1
+    logs = m.updates(nets, args)[1]()
+    assert logs["loss_g"] < 0 and torch.isfinite(logs["gen_ratio"])
