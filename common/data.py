@@ -171,15 +171,15 @@ class Batches:
 
     Batch number b is a function of (seed, domain, b) alone: each epoch is a permutation of its own,
     whose incomplete tail is dropped. batch_size is that of all processes together; each gets its
-    own stretch of N = batch_size / ranks. drawn: how many batches were given. On a GPU whose memory
+    own stretch of N = batch_size / ranks. drawn: how many batches were given, size: from how many images. On a GPU whose memory
     the set fits, every batch is gathered into one and the same tensor, as a captured update reads.
     """
 
     def __init__(self, images, batch_size, seed, device, domain=0):
-        self._images = images if isinstance(images, Images) else Images(images)
-        self.pixels = pixels = self._images.images
+        self.images = images if isinstance(images, Images) else Images(images)
         self.drawn, self.batch_size, self.device = 0, batch_size, torch.device(device)
-        ranks = processes.ranks()
+        self.size = len(self._images)
+        pixels, ranks = self.images.images, processes.ranks()
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(
                 f"batch_size is {batch_size}; wanted a positive multiple of the {ranks} processes"
@@ -205,14 +205,14 @@ class Batches:
         self.drawn += 1
         if self._floats is not None:
             return torch.index_select(self._floats, 0, rows, out=self._batch)
-        batch = self.pixels[rows]
+        batch = self.images.images[rows]
         if self.device.type == "cuda":  # not waited for; bytes are a quarter of the floats
             batch = batch.pin_memory().to(self.device, non_blocking=True)
         return to_float(batch)
 
     def _rows(self):
         """Numbers of the images in this process's share of the next batch."""
-        n = len(self.pixels)
+        n = len(self.images)
         epoch, i = divmod(self.drawn, n // self.batch_size)
         if epoch != self._epoch:
             order = torch.randperm(n, generator=synthetic.generator(*self._numbers, epoch))
@@ -222,13 +222,13 @@ class Batches:
         return self._order[first : first + self._share]
 
     def state_dict(self):
-        return {"drawn": self.drawn, "fingerprint": self._images.fingerprint}
+        return {"drawn": self.drawn, "fingerprint": self.images.fingerprint}
 
     def load_state_dict(self, state):
-        if state["fingerprint"] != self._images.fingerprint:
+        if state["fingerprint"] != self.images.fingerprint:
             raise ValueError(
                 "the training images have changed since: their fingerprint is "
-                f"{self._images.fingerprint}, it was {state['fingerprint']}"
+                f"{self.images.fingerprint}, it was {state['fingerprint']}"
             )
         self.drawn = state["drawn"]
 

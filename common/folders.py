@@ -124,7 +124,7 @@ def _splits(root):
     if known and 0 not in known:
         held_out = known[min(known)]
         raise ValueError(f"{root} holds {held_out.name} and no train; to use it, pass {held_out}")
-    if len(known) < 2 and len(inside) > 1:  # a class may be called train
+    if not known or len(known) == 1 < len(inside):  # a class may be called train
         return []
     if unused := [d.name for d in inside if d not in known.values()]:
         terminal.warn(f"{root}: not used beside its splits: {', '.join(unused)}")
@@ -146,12 +146,12 @@ def _sides(root):
 
 def _check_classes(folder, names):
     """ValueError where folders look like splits, so that no test picture passes for a class's."""
-    like = {}  # name: whether it looks like a held-out split
+    like, sided = {}, False  # name: whether it looks like a held-out split
     for name in names:
-        for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name):  # seg_train, val2017, TestImages
-            if word.lower() in SPLITS:
-                like[name] = SPLITS[word.lower()] > 0
-    sided = [name for name in names if (m := SIDE.fullmatch(name.lower())) and m[1]]
+        words = {w.lower() for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}  # val2017, TestImages
+        if (m := SIDE.fullmatch(name.lower())) and m[1]:
+            words, sided = {m[1]}, True
+        like |= {name: SPLITS[word] > 0 for word in words & SPLITS.keys()}
     if sided or len(set(like.values())) == 2:
         found = sorted(like, key=like.get)  # training first, for the advice
         raise ValueError(

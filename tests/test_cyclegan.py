@@ -2,13 +2,18 @@
 import copy
 import gc
 import io
+import json
+import shutil
+import signal
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 import cyclegan
+from common import cli, data, files, run
 from cyclegan import ImagePool
 from tests.helpers import assert_same, central_difference, states
 
@@ -17,7 +22,8 @@ NONE = dict(lambda_cycle=0.0, lambda_identity=0.0, pool_size=0)  # two LSGANs
 
 def tiny(**changes):
     small = dict(width=4, n_blocks=1, patch_layers=1, image_size=16, channels=3, batch_size=2)
-    return cyclegan.Args(**(small | dict(device="cpu", precision="fp32", quiet=True, jitter=False, mirror=False) | changes))
+    plain = dict(device="cpu", precision="fp32", quiet=True, jitter=False, mirror=False)
+    return cyclegan.Args(**(small | plain | changes))
 
 
 def images(n=2, channels=3, seed=1, size=16):
@@ -70,16 +76,17 @@ def small_nets():
 # ---- losses
 
 
-@pytest.mark.parametrize("score, d_loss, adv", [(0.0, 0.5, 1.0), (0.5, 0.25, 0.25), (1.0, 0.5, 0.0)])
+@pytest.mark.parametrize("score, d_loss, adv", [(0, 0.5, 1), (0.5, 0.25, 0.25), (1, 0.5, 0)])
 def test_losses_at_constant_scores(score, d_loss, adv):
-    d = torch.full((2, 1, 3, 5), score)
+    d = torch.full((2, 1, 3, 5), float(score))
     assert cyclegan.discriminator_loss(d, d).item() == pytest.approx(d_loss, abs=1e-7)
     assert cyclegan.generator_adv_loss(d).item() == pytest.approx(adv, abs=1e-7)
 
 
 def test_a_perfect_discriminator_has_loss_zero_and_scores_are_unbounded():
     one, zero = torch.ones(2, 1, 3, 3), torch.zeros(2, 1, 3, 3)
-    assert cyclegan.discriminator_loss(one, zero) == 0 and cyclegan.discriminator_loss(zero, one) == 1
+    assert cyclegan.discriminator_loss(one, zero) == 0
+    assert cyclegan.discriminator_loss(zero, one) == 1
     d = torch.full((1, 1, 1, 2), 3.0, requires_grad=True)  # after a sigmoid this slope would fade
     cyclegan.generator_adv_loss(d).backward()
     assert d.grad.tolist() == [[[[2.0, 2.0]]]]
@@ -239,15 +246,13 @@ def test_a_discriminator_pulls_at_the_generator_into_its_own_domain(domain, reac
 
 
 def test_identity_pulls_at_the_generator_into_the_domain_alone():
-    nets, update, state = assembled(lambda_cycle=0.0)
-    for net in nets["discriminator"].values():
-        nn.init.zeros_(net.head.weight)
-    nets["generator"]["BtoA"] = Shift(0.0)  # leaves A alone, so only G(b) is wrong
-    args = tiny(lambda_cycle=0.0)
-    update, state = cyclegan.updates(nets, args)
+    """G shifts by .25, F not at all: F(a) is right, and of G(b) alone comes a pull, of weight 5."""
+    g = nn.ModuleDict({"AtoB": Shift(0.25), "BtoA": Shift(0.0)})
+    d = nn.ModuleDict({"A": Constant(0.5), "B": Constant(0.5)})
+    nets = dict(generator=g, discriminator=d, generator_ema=copy.deepcopy(g))
+    update, _ = cyclegan.updates(nets, tiny(lambda_cycle=0.0))
     update(images(), images(seed=2))
-    assert nets["generator"]["BtoA"].by.grad == 0
-    assert nets["generator"]["AtoB"].body[0].weight.grad.any()
+    assert g["BtoA"].by.grad == 0 and g["AtoB"].by.grad.item() == pytest.approx(5)
 
 
 def test_gradients_of_the_discriminators_are_those_of_their_own_step():
@@ -258,10 +263,9 @@ def test_gradients_of_the_discriminators_are_those_of_their_own_step():
     with torch.no_grad():
         fakes = {"A": g["BtoA"](b), "B": g["AtoB"](a)}
     for domain, real in (("A", a), ("B", b)):
-        want = torch.autograd.grad(
-            0.5 * (d[domain](real) - 1).square().mean() + 0.5 * d[domain](fakes[domain]).square().mean(),
-            list(d[domain].parameters()),
-        )
+        for_real, for_fake = (d[domain](real) - 1).square(), d[domain](fakes[domain]).square()
+        loss = 0.5 * for_real.mean() + 0.5 * for_fake.mean()
+        want = torch.autograd.grad(loss, list(d[domain].parameters()))
         update(a, b)
         for p, w in zip(d[domain].parameters(), want):
             torch.testing.assert_close(p.grad, w, rtol=1e-4, atol=1e-6)
@@ -289,14 +293,31 @@ def test_order_of_the_steps_and_what_each_discriminator_sees():
         assert torch.equal(in_d_step, torch.cat([real, fakes[domain]]))
 
 
+def test_jitter_and_mirror_reach_both_domains_before_anything_else():
+    nets, update, _ = assembled(jitter=True, mirror=True, pool_size=0)
+    seen = {"A": [], "B": []}
+    for domain in "AB":
+        net = nets["discriminator"][domain]
+        net.register_forward_hook(lambda net, x, y, s=seen[domain]: s.append(x[0].detach()))
+    ramp = torch.linspace(-1, 1, 16).expand(2, 3, 16, 16).clone()
+    for _ in range(8):
+        update(ramp, ramp)
+    for domain in "AB":
+        real = torch.cat([x[:2] for x in seen[domain][1::2]])  # of D's own steps
+        rising = real[:, 0, 0, -1] > real[:, 0, 0, 0]
+        assert 0 < rising.sum() < len(real)  # mirrored in about half of the cases
+        assert (real[:, 0, 0].diff().abs().amax(1) < 2 / 15).all()  # enlarged
+    assert not torch.equal(seen["A"][1][:2], seen["B"][1][:2])
+
+
 def test_terms_that_are_off_are_not_evaluated_and_draw_nothing():
     def calls(**changes):
         nets, update, _ = assembled(**changes)
         count = dict.fromkeys(("AtoB", "BtoA"), 0)
 
         def note(key):
-            def hook(*_):
-                count[key] += 1
+            def hook(net, x, y):
+                count[key] += len(x[0]) // 2  # sets of images
 
             nets["generator"][key].register_forward_hook(hook)
 
@@ -317,7 +338,7 @@ def test_terms_that_are_off_are_not_evaluated_and_draw_nothing():
 @pytest.mark.parametrize("pool_size", [0, 3])
 def test_without_cycle_and_identity_it_is_two_lsgans_to_the_bit(pool_size):
     a, b = images(seed=1), images(seed=2)
-    nets, update, _ = assembled(**(NONE | {"pool_size": pool_size}))
+    nets, update, _ = assembled(**(NONE | dict(pool_size=pool_size, lr=1e-3)))
     alone = copy.deepcopy(nets)
     torch.manual_seed(1)
     for _ in range(5):
@@ -328,7 +349,7 @@ def test_without_cycle_and_identity_it_is_two_lsgans_to_the_bit(pool_size):
     for way, domain, x, real in (("BtoA", "A", b, a), ("AtoB", "B", a, b)):
         g, d = alone["generator"][way], alone["discriminator"][domain]
         adam = [
-                torch.optim.Adam(n.parameters(), torch.tensor(2e-4), (0.5, 0.999), fused=True)
+                torch.optim.Adam(n.parameters(), torch.tensor(1e-3), (0.5, 0.999), fused=True)
                 for n in (g, d)
             ]
         gans.append((g, d, *adam, x, real, ImagePool(pool_size)))
@@ -519,8 +540,9 @@ def test_numbers_of_parameters_are_those_of_the_paper():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 16, 36])
 @pytest.mark.parametrize("paper", [False, True])
-def test_generators_keep_shape_range_and_dtype(channels, size, paper):
-    g = cyclegan.ResnetGenerator(channels, 1, 4, paper)
+@pytest.mark.parametrize("skip", [False, True])
+def test_generators_keep_shape_range_and_dtype(channels, size, paper, skip):
+    g = cyclegan.ResnetGenerator(channels, 1, 4, paper, skip)
     x = torch.randn(2, channels, size, 2 * size)
     y = g(x)
     assert y.shape == x.shape and y.dtype == x.dtype and y.abs().max() <= 1
@@ -540,7 +562,8 @@ def test_borders_are_reflected_by_three_pixels_whatever_the_channels(channels):
 
 def test_enlarging_a_constant_map_leaves_it_even_and_the_papers_way_does_not():
     def inside(paper):
-        up = [m for m in cyclegan.ResnetGenerator(3, 1, 4, paper).body if isinstance(m, nn.ConvTranspose2d)]
+        layers = cyclegan.ResnetGenerator(3, 1, 4, paper).body
+        up = [m for m in layers if isinstance(m, nn.ConvTranspose2d)]
         assert [(m.in_channels, m.out_channels) for m in up] == [(16, 8), (8, 4)]
         values = []
         for layer in up:
@@ -553,6 +576,26 @@ def test_enlarging_a_constant_map_leaves_it_even_and_the_papers_way_does_not():
 
     assert inside(False) == [1.0]
     assert inside(True) == [0.25, 0.5, 1.0]
+
+
+def test_without_the_skip_a_generator_cannot_know_the_mean_colour():
+    x, colour = 0.3 * images().double(), torch.tensor([0.2, -0.1, 0.05]).double().view(3, 1, 1)
+    for paper in (False, True):
+        g = cyclegan.ResnetGenerator(3, 1, 4, paper, skip=False).double()
+        torch.testing.assert_close(g(x + colour), g(x), rtol=1e-9, atol=1e-9)
+    g = cyclegan.ResnetGenerator(3, 1, 4).double()
+    nn.init.normal_(g.body[-1].weight, 0, 0.01)  # what is found stays within the range
+    assert (g(x) != x).all() and (g(x) - x).abs().max() < 0.4
+    torch.testing.assert_close(g(x + colour) - g(x), colour.expand_as(x), rtol=1e-7, atol=1e-9)
+
+
+def test_a_generator_that_finds_nothing_gives_its_input_back():
+    g = cyclegan.ResnetGenerator(3, 1, 4)
+    for p in g.body[-1].parameters():
+        nn.init.zeros_(p)
+    assert torch.equal(g(images()), images())
+    g.skip = False
+    assert not g(images()).any()
 
 
 @pytest.mark.parametrize("key", ["generator", "discriminator"])
@@ -606,7 +649,8 @@ def test_the_second_cycle_has_the_weight_of_the_first_unless_given():
 
 def test_the_rate_is_constant_for_half_of_the_run_and_then_falls_to_zero():
     args = tiny(lr=2e-4)
-    for done, want in ((0, 2e-4), (0.5, 2e-4), (0.505, 1.98e-4), (0.75, 1e-4), (0.995, 2e-6), (1, 0)):
+    wanted = {0: 2e-4, 0.5: 2e-4, 0.505: 1.98e-4, 0.75: 1e-4, 0.995: 2e-6, 1: 0}
+    for done, want in wanted.items():
         assert cyclegan.learning_rate(args, done) == pytest.approx(want, rel=1e-9)
     assert cyclegan.learning_rate(tiny(lr_decay=0.0), 0.9) == args.lr
 
@@ -655,6 +699,102 @@ def test_updates_leave_nothing_behind():
         for i in range(n):
             update(images(seed=i), images(seed=2))
         gc.collect()
-        return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+        return sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
 
     assert tensors_after(4) == tensors_after(8)
+
+
+# ---- a run
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """A folder of two domains: A dark, B bright, more of A than of B."""
+    root = tmp_path_factory.mktemp("domains")
+    for name, n, low in (("trainA", 7, 0), ("trainB", 5, 128), ("testA", 6, 0), ("testB", 7, 128)):
+        (root / name).mkdir()
+        rng = torch.Generator().manual_seed(n + low)
+        for i in range(n):
+            pixels = torch.randint(low, low + 128, (16, 16, 3), generator=rng, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+    return root
+
+
+def options(domains, out_dir, **changes):
+    where = dict(dataset=str(domains), cache_dir=str(out_dir / "cache"), out_dir=str(out_dir))
+    often = dict(log_every=1, sample_every=2, eval_every=3, eval_samples=6, threads=1, pool_size=3)
+    return tiny(**(dict(channels=0, steps=6) | where | often | changes))
+
+
+def test_a_run_shows_six_pictures_a_row_and_scores_both_directions(domains, tmp_path):
+    folder = cyclegan.main(options(domains, tmp_path))
+    rows = files.read_csv(folder / "metrics.csv")
+    assert [row["step"] for row in rows] == ["3", "6"]
+    both = {f"{name}_{way}" for name in ("fid", "kid") for way in ("AtoB", "BtoA")}
+    assert set(rows[0]) == both | {"step", "seconds", "n", "features", "cycle_a", "cycle_b"}
+    final = json.loads((folder / "metrics.json").read_text())
+    assert set(final["baselines"]) == {"input", "training images"}
+    assert set(final["baselines"]["input"]) == both
+    assert cli.read_args(folder)["args"]["channels"] == 3
+    columns = set(files.read_csv(folder / "log.csv")[0])
+    assert columns >= {"loss_g", "loss_d_a", "loss_d_b", "cycle_a", "identity_b", "adv_a", "lr"}
+    assert columns >= {f"d_{what}_{x}" for what in ("real", "fake") for x in "ab"}
+    nets, args, script = run.load(folder)
+    saved = torch.load(folder / "generator.pt", weights_only=True)
+    assert_same(nets["generator_ema"].state_dict(), saved)
+    alone = cyclegan.ResnetGenerator(3, 1, 4)
+    alone.load_state_dict({k[5:]: v for k, v in saved.items() if k.startswith("BtoA.")})
+    assert torch.equal(alone(images()), script.sample(nets, args, images(), "BtoA"))
+
+
+def test_domains_are_read_in_orders_of_their_own_and_tests_are_not_trained_on(
+    domains, tmp_path, monkeypatch
+):
+    made = []
+
+    class Batches(data.Batches):
+        def __init__(self, images, *rest, **options):
+            made.append((images, rest, options))
+            super().__init__(images, *rest, **options)
+
+    monkeypatch.setattr(data, "Batches", Batches)
+    cyclegan.main(options(domains, tmp_path, steps=1))
+    (a, for_a, _), (b, for_b, _) = made
+    assert (len(a.images), len(b.images)) == (7, 5)
+    assert a.images.max() < 128 <= b.images.min()
+    assert for_a[-1] != for_b[-1]  # equal lengths would else be paired for good
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_past_the_start_of_the_decay(domains, tmp_path):
+    whole = cyclegan.main(options(domains, tmp_path / "whole", steps=8))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(self, losses, after_step=run.Run.after_step):
+            after_step(self, losses)
+            if self.step == 6:
+                self._signals.caught = signal.SIGTERM
+
+        patch.setattr(run.Run, "after_step", stop)
+        with pytest.raises(cli.Stopped):
+            cyclegan.main(options(domains, tmp_path / "stopped", steps=8))
+    (part,) = (tmp_path / "stopped").glob("cyclegan-*")
+    cyclegan.main(cyclegan.Args(resume=str(part), quiet=True))
+    saved = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, part)]
+    for key in saved[0]["nets"]:
+        assert_same(*(s["nets"][key] for s in saved))
+    for pool in ("pool_a", "pool_b"):
+        assert_same(*(s["state"][pool] for s in saved))
+    logs = [files.read_csv(f / "log.csv") for f in (whole, part)]
+    for rows in zip(*logs, strict=True):
+        assert len({tuple(v for k, v in row.items() if k != "seconds") for row in rows}) == 1
+    assert float(logs[0][6]["lr"]) < float(logs[0][0]["lr"])
+
+
+def test_what_cannot_be_scored_or_converted_is_bad_input(domains, tmp_path):
+    with pytest.raises(ValueError, match="channels is 1"):
+        cyclegan.main(options(domains, tmp_path, channels=1))
+    for name in ("trainA", "trainB"):
+        shutil.copytree(domains / name, tmp_path / "two" / name)
+    with pytest.raises(ValueError, match="testA"):
+        cyclegan.main(options(tmp_path / "two", tmp_path / "out"))
+    assert not list(tmp_path.glob("**/cyclegan-*"))

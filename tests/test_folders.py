@@ -122,6 +122,8 @@ def test_a_class_may_be_called_train(pictures):
 
 @pytest.mark.parametrize("names, advice", [
     (("trainA", "trainB", "testA", "testB"), "pass one of them, such as .*pictures/trainA"),
+    (("testa", "trainb"), "pass one of them, such as .*pictures/trainb"),
+    (("trainA",), "pass one of them, such as .*pictures/trainA"),
     (("train_a", "train_b"), "pass one of them, such as .*pictures/train_a"),
     (("val2017", "train2017"), "such as .*pictures/train2017"),
     (("seg_test", "seg_train"), "such as .*pictures/seg_train"),
@@ -132,11 +134,13 @@ def test_a_class_may_be_called_train(pictures):
     (("test", "cat", "dog"), "holds test and no train"),
     (("val", "Test"), "holds Test and no train"),
 ])
-def test_what_looks_like_splits_and_is_not_understood_is_refused(names, advice, pictures):
+def test_what_looks_like_splits_and_is_not_understood_is_refused(
+    names, advice, pictures, capsys
+):
     tree(pictures, *names)
     with pytest.raises(ValueError, match=advice) as e:
         load(pictures)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and not capsys.readouterr().err
 
 
 def test_the_only_folder_of_an_unpacked_archive_is_entered(pictures):
