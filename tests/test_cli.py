@@ -32,6 +32,15 @@ def test_python_takes_the_arguments_of_the_folder_but_for_those_given(finished, 
     assert saved["state"]["batches"]["drawn"] == 3  # the subset's order goes on
 
 
+def test_python_can_ask_for_the_number_of_steps_that_is_the_default(finished, tmp_path):
+    args = script("lsgan").Args(resume=str(finished), steps=4000)
+    cli.take_over(args)
+    assert (args.steps, args.log_every) == (4000, 1)
+    args = script("lsgan").Args(resume=str(finished))
+    cli.take_over(args)
+    assert args.steps == 2
+
+
 def test_an_old_value_typed_again_is_no_change(finished):
     line = ["--resume", str(finished), "--lr-decay", "0", "--width", "4", "--channels", "0"]
     args = cli.parse(script("lsgan").Args, [*line, "--precision", "auto", "--threads", "0"])
