@@ -571,6 +571,15 @@ def test_a_folder_is_decoded_anew_when_a_file_changes_and_only_then(pictures, mo
     assert load(pictures).images[0, :, 0, 0].tolist() == [4, 2, 3]
 
 
+def test_another_size_and_another_way_of_reading_are_entries_of_their_own(pictures):
+    pixels = noise(0, 30, 40, 3)
+    Image.fromarray(pixels).save(pictures / "x.png")
+    small, large = load(pictures, 8), load(pictures, 16)
+    middle = Image.fromarray(pixels[:, 5:35]).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(large.images[0].permute(1, 2, 0).numpy(), np.asarray(middle))
+    assert small.images.shape == (1, 3, 8, 8) and pairs(pictures, 16).channels == (3, 3)
+
+
 def test_folders_that_differ_in_where_they_lie_alone_are_two_entries(tmp_path):
     for name, grey in (("black", 10), ("white", 20)):
         (tmp_path / name).mkdir()
