@@ -101,7 +101,7 @@ def test_splits_are_found_by_what_people_call_them_with_common_labels(train, tes
     (("train", "test", "val"), [2]), (("train", "val", "test"), [3]), (("train",), None),
 ])
 def test_where_test_and_val_are_there_test_is_held_out(names, held_out, pictures, capsys):
-    tree(pictures, *names)
+    tree(pictures, *names, ".thumbnails")
     images = load(pictures)
     assert level(images) == [1] and level(images.test) == held_out
     assert not capsys.readouterr().err
@@ -454,11 +454,10 @@ def test_shrinking_is_antialiased(pictures):
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_without_harm(pictures):
-    y, x = np.indices((600, 800))
-    pixels = np.stack([x * 255 // 799, y * 255 // 599, 128 + 0 * x], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(pictures / "x.jpg", quality=95)
-    middle = Image.fromarray(pixels[:, 100:700]).resize((8, 8), Image.Resampling.BICUBIC)
-    found = load(pictures, 8).images[0].permute(1, 2, 0).int().numpy()
+    image = Image.fromarray(noise(0, 60, 80, 3)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    image.save(pictures / "x.jpg", quality=95)
+    middle = image.crop((200, 0, 1400, 1200)).resize((64, 64), Image.Resampling.BICUBIC)
+    found = load(pictures, 64).images[0].permute(1, 2, 0).int().numpy()
     assert np.abs(found - np.asarray(middle)).max() <= 3
 
 
