@@ -1,10 +1,31 @@
 """EBGAN: D is an auto-encoder, and its reconstruction error an energy, low for real images.
 
 Paper    Zhao, Mathieu, LeCun 2016, Energy-based Generative Adversarial Network, arXiv:1609.03126.
-Losses   E(v) = mean over pixels of (AE(v) - v)^2             AE = decoder of encoder, the network D
-         L_D = E[E(x)] + E[max(0, margin - E(G(z)))]          the hinge is one of each sample
+Losses   E(v) = mean over pixels of (AE(v) - v)^2          AE: decoder of encoder, the network D
+         L_D = E[E(x)] + E[max(0, margin - E(G(z)))]       a hinge for each sample
          L_G = E[E(G(z))] + lambda_pt PT
-         PT = mean over i != j of cos(s_i, s_j)^2             s_i = encoder(G(z_i))
+         PT = mean over i != j of cos(s_i, s_j)^2          s_i: encoder of G(z_i); batch of N
+         The pulling-away term PT turns the codes of a batch away from each other, against collapse:
+         EBGAN-PT; --lambda-pt 0 is EBGAN. At the paper's equilibrium L_D is the margin.
+         --warmup-steps: updates of D by E[E(x)] alone before step 1, so that G meets an
+         auto-encoder that knows the data; they take training time and count as no steps.
+Differs  1. The paper's energy is the norm |AE(v) - v|, whose margin m is m^2 / d here, for images of
+         d numbers: its 10 for MNIST is .098, 20 for CelebA .033, 80 for LSUN .52; 2. the paper's
+         networks for MNIST are fully connected, those here convolutions, G that of lsgan.py, none
+         of D's layers normalised; 3. --margin-decay is from the paper's semi-supervised EBGAN-LN,
+         and off; 4. Adam's rate and decays, its fall to 0 and the average of G are as in lsgan.py.
+Reached  REACHED
+Run      python ebgan.py                                   # built-in digits
+         python ebgan.py --dataset mnist --lambda-pt 0
+Use      from ebgan import energy, pulling_away_term       # needs torch only
+
+Commonly done wrong, each with a test here:
+- the hinge of the mean energy of a batch, in place of each sample's: one bad image hides a good one;
+- generated images detached as the target in L_G, which loses half of its gradient;
+- PT without the square, which rewards opposite codes; PT with the pairs i = i, which adds 1 / (N - 1);
+- PT with norms over the batch or of the whole tensor, on pixels, or by an update of its own;
+- the paper's margin under a mean of squares: no energy gets there, and D never stops raising it;
+- a margin that grows with the batch, although every loss is a mean over it.
 """
 import copy
 from dataclasses import dataclass

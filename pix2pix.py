@@ -37,8 +37,8 @@ class Args:
     cache_dir: str = "data/cache"  # decoded images and drawn sets
     subset: int = 0  # train on only that many pairs, drawn with a fixed seed; 0 = all
     image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
-    channels_a: int = 0  # of the A images, 1 or 3; 0 = as the data
-    channels_b: int = 0  # of the B images, 1 or 3; 0 = as the data
+    channels_a: int = 0  # of A's images, filled in from the data
+    channels_b: int = 0  # of B's images, filled in from the data
     direction: Literal["AtoB", "BtoA"] = "AtoB"  # from which images of a pair to which
     jitter: bool = True  # enlarge pairs by 286/256 and cut out a random square
     mirror: bool = True  # mirror every second pair
@@ -266,8 +266,8 @@ def updates(nets, args):
     """update(pair) and state: what a checkpoint needs besides the networks.
 
     The update makes one translation, a step of D on it, then a step of G against the new D, and
-    returns the 0-d tensors to log. pair is float32 [N, A's channels + B's, H, W] in [-1, 1] on the
-    device of the networks.
+    returns the 0-d tensors to log, of which d_real and d_fake are D's mean probabilities. pair is
+    float32 [N, A's channels + B's, H, W] in [-1, 1] on the device of the networks.
     """
     g, d, g_ema = nets["generator"], nets["discriminator"], nets["generator_ema"]
     device = next(g.parameters()).device
@@ -312,7 +312,8 @@ def updates(nets, args):
         opt_g.step()
         t.add_(1)
         update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
-        return {"loss_g": loss_g.detach()} | {name: loss.detach() for name, loss in losses.items()}
+        losses = {"loss_g": loss_g} | losses | {"lr": opt_g.param_groups[0]["lr"]}
+        return {name: loss.detach() for name, loss in losses.items()}
 
     return update, dict(opt_g=opt_g, opt_d=opt_d, t=t)
 

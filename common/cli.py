@@ -84,8 +84,6 @@ def check(args):
                 raise ValueError(f"{name} must be {wanted}, got {value}")
         elif not isinstance(value, kind):
             raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    if getattr(args, "shift", 0) >= args.image_size:
-        raise ValueError(f"shift must be below image_size, {args.image_size}, got {args.shift}")
 
 
 def _bare(kind):

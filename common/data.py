@@ -171,13 +171,15 @@ class Batches:
 
     Batch number b is a function of (seed, domain, b) alone: each epoch is a permutation of its own,
     whose incomplete tail is dropped. batch_size is that of all processes together; each gets its
-    own stretch of N = batch_size / ranks. drawn: how many batches were given. On a GPU whose memory
-    the set fits, every batch is gathered into one and the same tensor, as a captured update reads.
+    own stretch of N = batch_size / ranks. drawn: how many batches were given; size: of how many
+    images. On a GPU whose memory the set fits, every batch is gathered into one and the same
+    tensor, as a captured update reads.
     """
 
     def __init__(self, images, batch_size, seed, device, domain=0):
         self.images = images if isinstance(images, Images) else Images(images)
         self.drawn, self.batch_size, self.device = 0, batch_size, torch.device(device)
+        self.size = len(self.images)
         pixels, ranks = self.images.images, processes.ranks()
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(

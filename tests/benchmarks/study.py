@@ -84,8 +84,9 @@ RANGES = {  # of --settings; an argument that a method's own command gives stays
     "lambda_": lambda r, old: old * 10 ** r.uniform(-1, 1),  # every weight that is on
 }
 SCORES = ("fid", "precision", "recall", "density", "coverage")
-KEY = ("dataset", "subset", "budget", "precision", "n", "method", "setting", "seed")
-COLUMNS = (*KEY, "args", "steps", "images", "seconds", "features", *SCORES, "control", "failed", "torch", "date", "jobs", "wall", "evaluations", "samples")
+KEY = ("dataset", "subset", "budget", "dtype", "n", "method", "setting", "seed")
+COLUMNS = (*KEY, "args", "steps", "images", "seconds", "features", *SCORES, "control", "failed")
+COLUMNS += ("torch", "date", "jobs", "wall", "evaluations", "samples")
 
 
 # ---- what is to be done ----------------------------------------------------------------------
@@ -105,9 +106,9 @@ def drawn(name, words, k):
         return []
     args, r, found = arguments_of(words), random.Random(f"{name} {k}"), []
     for key, old in vars(args).items():
-        rule = next((f for start, f in RANGES.items() if key.startswith(start) and (key == start or start[-1] == "_")), None)
+        rule = RANGES["lambda_"] if key.startswith("lambda_") and old else RANGES.get(key)
         flag = "--" + key.replace("_", "-")
-        if rule is None or old is None or (key.startswith("lambda_") and not old):
+        if rule is None:
             continue
         value = rule(r, old)  # drawn also where it is not used, so that draws do not depend on it
         if flag not in words:
@@ -373,7 +374,7 @@ def arguments(argv):
         ("--seeds", {"type": int}, "seeds of each method [3, with --settings 1]"),
         ("--settings", {"type": int, "default": 0}, "random draws of each method's arguments in place of its own [0]"),
         ("--subset", {"type": int, "default": 0}, "train on only that many images [0: all]"),
-        ("--methods", {}, f"comma-separated, of {', '.join([*METHODS, *OTHERS])} [{METHODS and 'all of generators'}]"),
+        ("--methods", {}, f"comma-separated, of {', '.join([*METHODS, *OTHERS])} [all but the last two]"),
         ("--dataset", {"default": "mnist"}, "of all of them [mnist]"),
         ("--precision", {"default": "fp32", "choices": ["fp32", "bf16"]}, "of all of them [fp32]"),
         ("--jobs", {"type": int, "default": 1}, "trainings at once [1]"),

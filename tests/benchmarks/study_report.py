@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 import statistics
 from html import escape
 from pathlib import Path
@@ -245,7 +246,7 @@ def table(methods, known, base):
         runs = f"{len(rows)}" + (f", {failed} failed" if failed else "")
         steps = values(rows, "steps")
         cells = [name, runs, mean_std(values(rows, "fid"))]
-        cells += [mean_std(values(rows, c), ".3f").replace("0.", ".") for c in SHARES]
+        cells += [re.sub(r"\b0\.", ".", mean_std(values(rows, c), ".3f")) for c in SHARES]
         cells += [mean_std(values(rows, "control")), f"{statistics.mean(steps):.0f}" if steps else "-"]
         cells.append(f"{statistics.mean(speed[name]):.1f}" if speed[name] else "-")
         both = speed.get(base) and speed[name]
@@ -325,10 +326,10 @@ def report(rows, stem, known, base):
         files.write_atomic(path, data)
         text.append(f"![]({path.name})\n")
 
-    groups = by(rows, "dataset", "subset", "budget", "precision", "n")
-    for i, ((dataset, subset, budget, precision, n), group) in enumerate(groups.items()):
+    groups = by(rows, "dataset", "subset", "budget", "dtype", "n")
+    for i, ((dataset, subset, budget, dtype, n), group) in enumerate(groups.items()):
         images = f"{subset} images of {dataset}" if subset != "0" else dataset
-        what = f"{images}, {budget} each, {precision}"
+        what = f"{images}, {budget} each, {dtype}, {n} samples"
         own = by([r for r in group if r["setting"] == "0" and r["method"] != AGAIN], "method")
         own = {name: found for (name,), found in own.items()}
         own = dict(sorted(own.items(), key=lambda m: statistics.mean(values(m[1], "fid") or [math.inf])))
