@@ -20,7 +20,8 @@ class ByName(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(f, "__name__", "")
-        to_cpu = name == "to" and "cpu" in map(str, (*args[1:], *kwargs.values()))
+        # a torch.device is that of another tensor, which is the CPU here and a GPU there
+        to_cpu = name == "to" and "cpu" in [a for a in (*args[1:], *kwargs.values()) if isinstance(a, str)]
         if name in self.names or to_cpu:
             raise Waited(f"{name} waits for the device")
         return f(*args, **kwargs)
