@@ -647,6 +647,23 @@ def test_the_second_cycle_has_the_weight_of_the_first_unless_given():
     assert tiny(lambda_cycle=3.0, lambda_cycle_b=0.0).lambda_cycle_b == 0
 
 
+@pytest.mark.parametrize("size, layers", [(8, 1), (16, 2), (64, 4), (64, 0), (128, 5)])
+def test_patches_leave_a_map_or_are_bad_input(size, layers):
+    args = tiny(image_size=size, patch_layers=layers)
+    d = cyclegan.build(args)["discriminator"]["A"]
+    scores = d(images(size=size))
+    side = (size >> layers) - 2 if layers else size
+    assert scores.shape == (2, 1, side, side)
+    with pytest.raises(ValueError, match="patch_layers"):
+        tiny(image_size=size, patch_layers=layers + 1 if layers else 6)
+
+
+@pytest.mark.parametrize("name", ["patch_layers", "pool_size", "n_blocks"])
+def test_negative_sizes_are_bad_input(name):
+    with pytest.raises(ValueError, match=name):
+        tiny(**{name: -1})
+
+
 def test_the_rate_is_constant_for_half_of_the_run_and_then_falls_to_zero():
     args = tiny(lr=2e-4)
     wanted = {0: 2e-4, 0.5: 2e-4, 0.505: 1.98e-4, 0.75: 1e-4, 0.995: 2e-6, 1: 0}
