@@ -70,7 +70,7 @@ class Emulated(TorchDispatchMode):
         for f, args, kwargs, out in self.calls:
             new = f(*args, **kwargs)
             for old, t in zip(pytree.tree_leaves(out), pytree.tree_leaves(new)):
-                if torch.is_tensor(t) and t.data_ptr() != old.data_ptr():  # neither view nor in place
+                if torch.is_tensor(t) and t.data_ptr() != old.data_ptr():  # no view, not in place
                     old.copy_(t)
 
 
@@ -322,7 +322,7 @@ def addresses(made):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_power_iterations_stand_outside_autocast(name):
-    """CUDA's autocast would take their products in bf16; the CPU's does not, so its state is asked."""
+    """CUDA's autocast would take their products in bf16; the CPU's does not: its state is asked."""
     args = small(name, precision="bf16")
     nets = script(name).build(args)
     normed = [m for net in nets.values() for m in net.modules() if hasattr(m, "parametrizations")]
@@ -344,7 +344,7 @@ def test_power_iterations_stand_outside_autocast(name):
 
 @pytest.fixture
 def fixed_noise(monkeypatch):
-    """Noise that eager and replayed updates share: they need not draw equal numbers from one seed."""
+    """Noise that eager and replayed updates share: from one seed they may draw other numbers."""
     kept = {}
 
     def fixed(make):
@@ -364,7 +364,9 @@ def fixed_noise(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {}, {"n_critic": 3}, {"channels": 3}, {"clip": 0.01}], ids=str
+    "changes",
+    [{"precision": "bf16"}, {}, {"n_critic": 3}, {"channels": 3}, {"clip": 0.01}],
+    ids=str,
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_replays_on_the_gpu_give_the_parameters_of_eager_updates(name, changes, fixed_noise):

@@ -199,7 +199,8 @@ def box_chart(title, methods):
         color, wide = COLORS[i % len(COLORS)], 0.3
         at, left, right = chart.x(i + 0.5), chart.x(i + 0.5 - wide), chart.x(i + 0.5 + wide)
         if len(found) > 1:
-            low, middle, high = (chart.y(q) for q in statistics.quantiles(found, method="inclusive"))
+            quartiles = statistics.quantiles(found, method="inclusive")
+            low, middle, high = map(chart.y, quartiles)
             chart.line([(left, low), (right, low), (right, high), (left, high), (left, low)], color)
             chart.line([(left, middle), (right, middle)], color, 3)
         for v in found:
@@ -344,7 +345,8 @@ def group_text(rows, known, base, what, picture):
     own = {n: found for (n,), found in own.items()}
     order = {n: statistics.mean(values(found, "fid") or [math.inf]) for n, found in own.items()}
     own = {n: own[n] for n in sorted(own, key=order.get)}
-    drawn = {n: found for (n,), found in by([r for r in runs if r["setting"] != "0"], "method").items()}
+    drawn = by([r for r in runs if r["setting"] != "0"], "method")
+    drawn = {n: found for (n,), found in drawn.items()}
     text = [f"## {what}", ""]
     if own and not any(values(found, "recall") for found in own.values()):
         text += [*own_scores(own), ""]
