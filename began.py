@@ -1,6 +1,30 @@
-"""BEGAN: D is an auto-encoder whose losses on real and generated images are held in a ratio.
+"""BEGAN: D is an auto-encoder, and the ratio of its losses on generated and real images is held.
 
-Paper    Berthelot, Schumm, Metz 2017, BEGAN: Boundary Equilibrium Generative Adversarial Networks, arXiv:1703.10717.
+Paper    Berthelot, Schumm, Metz 2017, BEGAN: Boundary Equilibrium Generative Adversarial
+         Networks, arXiv:1703.10717.
+Losses   l(v) = mean over pixels of |AE(v) - v|            AE: decoder of encoder, the network D
+         L_D = l(x) - k l(G(z_D))
+         L_G = l(G(z_G))                                   z_D, z_G: draws of their own, U(-1, 1)
+         k <- k + lambda_k (gamma l(x) - l(G(z_G))), cut to [0, 1], from 0 on; after G's update
+         M = l(x) + |gamma l(x) - l(G(z_G))|, logged as convergence
+         The rate follows M: each --stall-steps updates of G the mean of M since the last look is
+         compared with the best such mean before; where it is not below .999 of that, the factor on
+         Adam's rate, logged as rate, is halved, down to 1/16. Of several processes, k and M come
+         from the mean losses of all.
+Differs  DIFFERS
+Reached  REACHED
+Run      python began.py                                   # built-in digits
+         python began.py --dataset mnist --gamma 0.7
+Use      from began import convergence_measure, encode, update_k    # needs torch only
+
+Commonly done wrong, each with a test here:
+- gamma turned round, or the sign of the step of k: k runs to the wrong end; no cut to [0, 1];
+- M without its absolute value, which then falls while G gets worse;
+- both losses in one backward pass through D, which learns to rebuild whatever G makes;
+- generated images detached as the target in L_G, which loses half of its gradient;
+- z from N(0, I) and an arc between latents, or D's codes for G's latents: an image has to be
+  inverted (encode), and what is left of it to be reported (residual);
+- k differentiated, or read on the CPU at every step.
 """
 import copy
 from dataclasses import dataclass
@@ -53,7 +77,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
@@ -174,11 +198,11 @@ def sample(nets, args, z):
 
 
 def between(z_a, z_b, t):
-    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line: all of it is as likely a priori."""
+    """Latents [N, z_dim], z_a at t = 0, z_b at t = 1, on a line: a cube asks for no arc."""
     return (1 - t) * z_a + t * z_b
 
 
-def encode(nets, args, x, steps=200):
+def encode(nets, args, x, steps=100):
     """Latents [N, z_dim] in [-1, 1] for images x [N, C, H, W] in [-1, 1], of each the z that
     minimises mean |x - G(z)|: Adam from z = 0, cut to the prior's cube after every step.
     How far G(z) stays from x is no small thing: see residual."""
@@ -272,7 +296,7 @@ def updates(nets, args):
             both /= dist.get_world_size()
         k.copy_(update_k(k, *both, args.gamma, args.lambda_k))
         m = convergence_measure(*both, args.gamma)
-        m_mean.lerp_(m, 1 - (t / (1 + t)).clamp(max=0.99))  # of about the last 100 updates
+        m_mean.lerp_(m, (1 / t).clamp(min=0.01))  # over about the last 100 updates
         if args.stall_steps:
             look = t % args.stall_steps == 0
             m_sum.add_(m)

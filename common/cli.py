@@ -84,8 +84,6 @@ def check(args):
                 raise ValueError(f"{name} must be {wanted}, got {value}")
         elif not isinstance(value, kind):
             raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    if getattr(args, "shift", 0) >= args.image_size:
-        raise ValueError(f"shift must be below image_size, {args.image_size}, got {args.shift}")
 
 
 def _bare(kind):
@@ -235,7 +233,7 @@ def resume(folder, cls, **given):
 def take_over(args):
     """In Python, Args(resume=RUN, steps=8000): fill in those of RUN where none was given."""
     if args.resume and not isinstance(args.resume, RunFolder):
-        default = vars(type(args)())
+        default = vars(type(args)(resume=args.resume))
         given = {k: v for k, v in vars(args).items() if k != "resume" and v != default[k]}
         vars(args).update(vars(resume(args.resume, type(args), **given)))
 

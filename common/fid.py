@@ -170,7 +170,7 @@ def frechet_to_moments(a, mu, sigma) -> float:
     mu, sigma = _as_moments(mu, sigma, "b")
     if a.shape[1] != len(mu):
         raise ValueError(f"both sides need the same dimension, got {a.shape[1]} and {len(mu)}")
-    mean, a = _spread(a.cpu())
+    mean, a = _spread(a.cpu().double())
     traces = (a.square().sum() + sigma.trace()).item()
     # tr (A^T A S)^(1/2) = tr (A S A^T)^(1/2), n - 1 instead of d rows and columns
     root = torch.linalg.eigvalsh(a @ sigma @ a.T).clamp(min=0).sqrt().sum()
@@ -190,7 +190,7 @@ def frechet_from_features(a, b) -> float:
     if len(b) > d:
         moments = Statistics().update(b)
         return frechet_to_moments(a, moments.mean, moments.cov)
-    (mean_a, a), (mean_b, b) = _spread(a.cpu()), _spread(b.cpu())
+    (mean_a, a), (mean_b, b) = _spread(a.cpu().double()), _spread(b.cpu().double())
     traces = (a.square().sum() + b.square().sum()).item()
     # S_a = A^T A and S_b = B^T B, so tr (S_a S_b)^(1/2) is the sum of the singular values of A B^T
     root = torch.linalg.svdvals(a @ b.T).sum()

@@ -154,7 +154,7 @@ class Run:
         if processes.several():
             on = f"{processes.ranks()} processes, the first on {on}"
         drawn = [v for v in self.state.values() if hasattr(v, "drawn")]
-        images = " and ".join(f"{len(b.images)}" for b in drawn)
+        images = " and ".join(f"{b.size}" for b in drawn)
         name = f"{self.script} on {on} in {a.precision}"
         return f"{name}, {images} images of {a.dataset}, into {self.folder}"
 

@@ -1,7 +1,9 @@
-"""ebgan.py: closed forms of energy, hinge and pulling-away term; who gets which gradient; the warm-up.
+"""ebgan.py: closed forms of energy, hinge and pulling-away term; who gets a gradient; warm-up.
 
 Each of the mistakes that the docstring lists is computed here too, and seen to give something else.
 """
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +11,14 @@ from torch.nn import functional as F
 
 import ebgan
 from ebgan import discriminator_loss, energy, generator_loss, pulling_away_term
-from tests.helpers import TinyGenerator, assert_same, central_difference, states, still_losses, tiny
+from common.cli import Stopped
+from tests.helpers import TinyGenerator, assert_same, central_difference, resume, states
+from tests.helpers import still_losses, tiny, train
 
 
 def images(n=8, channels=1, size=32, seed=1):
-    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    rng = torch.Generator().manual_seed(seed)
+    return torch.rand(n, channels, size, size, generator=rng) * 2 - 1
 
 
 def made(seed=0, **changes):
@@ -33,7 +38,7 @@ def test_energy_of_a_black_image_rebuilt_as_grey_is_one():
 
 
 def test_energy_is_the_papers_norm_squared_over_the_pixels():
-    """A margin of 10 on the norm is 10^2 / 1024 here; taken as it stands it is out of reach, as no energy exceeds 4."""
+    """A margin of 10 on the norm is 10^2 / 1024 here; as it stands no energy reaches it."""
     torch.manual_seed(0)
     x_rec, x = torch.rand(2, 5, 1, 32, 32, dtype=torch.float64) * 2 - 1
     norm = (x_rec - x).flatten(1).norm(dim=1)
@@ -78,7 +83,7 @@ def test_hinge_is_of_each_sample_and_not_of_the_mean():
     e_fake = torch.tensor([0.2, 1.0, 3.0])
     found = discriminator_loss(torch.zeros(3), e_fake, 1.0)
     assert found.item() == pytest.approx(0.8 / 3)
-    assert F.relu(1.0 - e_fake.mean()).item() == 0  # the wrong form: a batch whose mean is high teaches nothing
+    assert F.relu(1.0 - e_fake.mean()).item() == 0  # the wrong form is blind to the first sample
 
 
 def test_hinge_is_off_from_the_margin_on():
@@ -92,7 +97,8 @@ def test_losses_are_means_over_the_batch():
     want = discriminator_loss(e_real, e_fake, 0.5)
     torch.testing.assert_close(want, e_real.mean() + (0.5 - e_fake).clamp(min=0).mean())
     torch.testing.assert_close(discriminator_loss(e_real.repeat(2), e_fake.repeat(2), 0.5), want)
-    torch.testing.assert_close(discriminator_loss(e_real.flip(0), e_fake.roll(1), torch.tensor(0.5)), want)
+    shuffled = discriminator_loss(e_real.flip(0), e_fake.roll(1), torch.tensor(0.5))
+    torch.testing.assert_close(shuffled, want)
     torch.testing.assert_close(generator_loss(e_fake.repeat(2)), e_fake.mean())
 
 
@@ -115,23 +121,25 @@ def test_pulling_away_of_codes_at_known_angles():
     assert pulling_away_term(torch.eye(4).double()).item() == 0
     assert pulling_away_term(u.repeat(5, 1)).item() == pytest.approx(1)
     assert pulling_away_term(torch.cat([u, -u])).item() == pytest.approx(1)
-    assert unsquared(torch.cat([u, -u])).item() == pytest.approx(-1)  # the wrong form rewards opposite codes
+    assert unsquared(torch.cat([u, -u])).item() == pytest.approx(-1)  # wrong: opposites rewarded
     at_60 = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5]])
     assert pulling_away_term(at_60).item() == pytest.approx(0.25)
 
 
 def test_pulling_away_is_a_mean_over_pairs_of_two_different_samples():
     s = torch.randn(6, 5, dtype=torch.float64)
-    cosines = [F.cosine_similarity(s[i], s[j], dim=0) ** 2 for i in range(6) for j in range(6) if i != j]
+    pairs = [(s[i], s[j]) for i in range(6) for j in range(6) if i != j]
+    cosines = [F.cosine_similarity(a, b, dim=0) ** 2 for a, b in pairs]
     found = pulling_away_term(s)
     torch.testing.assert_close(found, torch.stack(cosines).mean())
     every = F.normalize(s, dim=1) @ F.normalize(s, dim=1).T
-    torch.testing.assert_close(every.square().sum() / 30, found + 1 / 5)  # the wrong form: pairs i = i add 1 / (N - 1)
+    with_itself = every.square().sum() / 30  # the wrong form: 1 / (N - 1) more
+    torch.testing.assert_close(with_itself, found + 1 / 5)
     assert found.item() != pytest.approx(unsquared(s).item(), abs=0.01)
 
 
 def test_pulling_away_norms_each_code_by_itself():
-    """Equal directions give 1 whatever the lengths. Norms of the whole tensor or over the batch are the wrong ones."""
+    """Equal directions give 1 at any lengths. Wrong: a norm of the whole tensor, or over N."""
     u = torch.tensor([3.0, 0.0, 4.0, 0.0, 5.0], dtype=torch.float64)
     s = u * torch.tensor([[0.1], [1.0], [7.0], [300.0]])
     assert pulling_away_term(s).item() == pytest.approx(1)
@@ -175,7 +183,8 @@ def test_pulling_away_changes_with_copies_as_a_mean_would_not():
 
 def test_pulling_away_pushes_codes_to_right_angles():
     s = torch.tensor([[1.0, 0.0], [1.0, 0.2]], dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(pulling_away_term, torch.randn(4, 3, dtype=torch.float64, requires_grad=True))
+    codes = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(pulling_away_term, codes)
     for _ in range(200):
         (grad,) = torch.autograd.grad(pulling_away_term(s), s)
         s = (s - 0.5 * grad).detach().requires_grad_()
@@ -198,7 +207,7 @@ def test_networks_of_every_size(image_size, channels):
     nets = ebgan.build(tiny("ebgan", image_size=image_size, channels=channels, code_dim=6))
     x = nets["generator"](torch.randn(3, 8))
     assert x.shape == (3, channels, image_size, image_size) and x.abs().max() <= 1
-    d = nets["discriminator"]
+    d = nets["discriminator"].eval()
     code = d.encoder(x)
     assert code.shape == (3, 6)  # the bottleneck
     torch.testing.assert_close(d(x), d.decoder(code))
@@ -250,18 +259,20 @@ def test_every_image_goes_through_d_in_one_call_and_z_is_fresh():
 def test_losses_are_those_of_the_definitions():
     """Loss of each update against the formula, on the images that D saw and the codes it gave."""
     nets, update_d, update_g, _, args = made(lambda_pt=0.3, margin=0.9)
-    inputs, codes, outputs = [], [], []
-    for net, found in ((nets["discriminator"].encoder, codes), (nets["discriminator"].decoder, outputs)):
-        net.register_forward_hook(lambda net, x, y, found=found: found.append(y.detach()))
-    nets["discriminator"].encoder.register_forward_pre_hook(lambda net, x: inputs.append(x[0].detach()))
+    d, inputs, codes, outputs, fakes = nets["discriminator"], [], [], [], []
+    nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
+    d.encoder.register_forward_pre_hook(lambda net, x: inputs.append(x[0].detach()))
+    d.encoder.register_forward_hook(lambda net, x, y: codes.append(y.detach()))
+    d.decoder.register_forward_hook(lambda net, x, y: outputs.append(y.detach()))
     logs = update_d(images())
     e_real, e_fake = (outputs[0] - inputs[0]).square().mean((1, 2, 3)).chunk(2)
-    assert torch.equal(inputs[0][:8], images())
+    assert torch.equal(inputs[0], torch.cat([images(), fakes[0]]))  # real first
     torch.testing.assert_close(logs["loss_d"], e_real.mean() + F.relu(0.9 - e_fake).mean())
     torch.testing.assert_close(logs["energy_real"], e_real.mean())
     torch.testing.assert_close(logs["energy_fake"], e_fake.mean())
     assert logs["active"] == (e_fake < 0.9).float().mean()
     logs = update_g()
+    assert torch.equal(inputs[1], fakes[1])
     pt = pulling_away_term(codes[1])
     torch.testing.assert_close(logs["pt"], pt)
     torch.testing.assert_close(logs["loss_g"], (outputs[1] - inputs[1]).square().mean() + 0.3 * pt)
@@ -292,7 +303,7 @@ def test_without_the_term_its_work_is_left_out(monkeypatch):
 
 def test_at_margin_zero_d_is_an_auto_encoder_of_real_images():
     nets, update_d, _, _, args = made(margin=0.0)
-    d = nets["discriminator"]
+    d = nets["discriminator"].eval()
     energy(d(images()), images()).mean().backward()
     wanted = [p.grad for p in d.parameters()]
     d.zero_grad(set_to_none=True)
@@ -302,12 +313,13 @@ def test_at_margin_zero_d_is_an_auto_encoder_of_real_images():
 
 
 class TinyAutoEncoder(nn.Module):
-    """Images [N, 1, 2, 2] -> the same in float64, smooth; 22 weights, and one more that the batch cannot see."""
+    """Images [N, 1, 2, 2] -> the same in float64, smooth; 22 weights."""
 
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Tanh()).double()
-        self.decoder = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Unflatten(1, (1, 2, 2))).double()
+        layers = nn.Linear(2, 4), nn.Tanh(), nn.Unflatten(1, (1, 2, 2))
+        self.decoder = nn.Sequential(*layers).double()
 
     def forward(self, x):
         return self.decoder(self.encoder(x))
@@ -316,28 +328,39 @@ class TinyAutoEncoder(nn.Module):
 @pytest.mark.parametrize("key", ["discriminator", "generator"])
 def test_every_derivative_agrees_with_differences_on_small_smooth_networks(key):
     torch.manual_seed(0)
-    small = dict(generator=TinyGenerator(), discriminator=TinyAutoEncoder(), generator_ema=TinyGenerator())
+    g, average = TinyGenerator(), TinyGenerator()
+    small = dict(generator=g, discriminator=TinyAutoEncoder(), generator_ema=average)
     real = torch.rand(8, 1, 2, 2, dtype=torch.float64) * 2 - 1
     nets, losses = still_losses("ebgan", real, small, z_dim=2, margin=0.7, lambda_pt=0.5)
-    losses[key]()
     for p in nets[key].parameters():
+        losses[key]()  # the differences before have left gradients of beside the point
         grad = p.grad.clone()
         for i in range(p.numel()):
             unit = torch.zeros_like(p)
             unit.view(-1)[i] = 1
             found = central_difference(losses[key], [p], [unit], 1e-6)
-            assert grad.view(-1)[i].item() == pytest.approx(found.item(), rel=1e-5, abs=1e-8)
+            assert grad.view(-1)[i].item() == pytest.approx(found.item(), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("precision, wanted", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_is_that_of_the_convolutions_and_not_of_the_losses(precision, wanted):
     nets, update_d, update_g, _, _ = made(precision=precision)
     seen = []
-    for net in (nets["generator"].body, nets["discriminator"].encoder, nets["discriminator"].decoder):
+    d = nets["discriminator"]
+    for net in (nets["generator"].body, d.encoder, d.decoder):
         net.register_forward_hook(lambda net, x, y: seen.append(y.dtype))
     logs = update_d(images()) | update_g()
     assert set(seen) == {wanted} and len(seen) == 6
     assert {v.dtype for v in logs.values()} == {torch.float32}
+
+
+def test_reconstructions_leave_d_as_it_is():
+    nets = made()[0]
+    before = {k: v.clone() for k, v in states(nets).items()}
+    random, x = torch.get_rng_state(), images(3)
+    assert torch.equal(ebgan.reconstruct(nets, x), ebgan.reconstruct(nets, x))
+    assert_same(before, states(nets))
+    assert torch.equal(random, torch.get_rng_state()) and nets["discriminator"].training
 
 
 # ---- margin over the run, warm-up
@@ -347,7 +370,8 @@ def test_margin_is_constant_or_falls_over_the_last_part():
     args = tiny("ebgan", margin=0.2)
     assert [ebgan.margin_at(args, done) for done in (0, 0.5, 1)] == [0.2, 0.2, 0.2]
     args = tiny("ebgan", margin=0.2, margin_decay=0.5)
-    assert [ebgan.margin_at(args, done) for done in (0, 0.5, 0.75, 1)] == pytest.approx([0.2, 0.2, 0.1, 0])
+    found = [ebgan.margin_at(args, done) for done in (0, 0.5, 0.75, 1)]
+    assert found == pytest.approx([0.2, 0.2, 0.1, 0])
 
 
 def test_margin_in_the_state_is_what_d_obeys():
@@ -359,8 +383,12 @@ def test_margin_in_the_state_is_what_d_obeys():
 
 def test_warm_up_trains_d_on_real_images_alone_and_is_counted():
     nets, _, _, state, args = made()
-    d = nets["discriminator"]
-    others = {k: v.clone() for k, v in states(nets).items() if not k.startswith("discriminator")}
+    d = nets["discriminator"].eval()  # or each call would move the vectors of spectral_norm
+
+    def all_but_d():
+        return {k: v.clone() for k, v in states(nets).items() if not k.startswith("discriminator")}
+
+    others = all_but_d()
     energy(d(images()), images()).mean().backward()
     wanted = [p.grad for p in d.parameters()]
     d.zero_grad(set_to_none=True)
@@ -374,4 +402,53 @@ def test_warm_up_trains_d_on_real_images_alone_and_is_counted():
     assert last < 0.9 * first
     assert state["warmed"] == 31 and state["t"] == 0
     assert torch.equal(random, torch.get_rng_state())
-    assert_same(others, {k: v for k, v in states(nets).items() if not k.startswith("discriminator")})
+    assert_same(others, all_but_d())
+
+
+# ---- runs
+
+
+def kept(folder):
+    """What a checkpoint holds of networks and state."""
+    found = torch.load(folder / "checkpoint.pt")
+    return found["nets"], {k: v for k, v in found["state"].items() if k != "batches"}
+
+
+def test_a_run_that_is_stopped_while_d_warms_up_ends_in_the_same_bits(tmp_path, monkeypatch):
+    short = dict(warmup_steps=4, margin_decay=1.0, eval_every=0)
+    whole = train("ebgan", tmp_path, steps=4, **short)
+    state = kept(whole)[1]
+    assert state["warmed"] == 4 and state["t"] == 4 and 0 < state["margin"] < 0.1
+    assert torch.load(whole / "checkpoint.pt")["state"]["batches"]["drawn"] == 8
+    make = ebgan.warm_up
+
+    def stopped(nets, args, state):
+        warm = make(nets, args, state)
+
+        def warm_and_stop(real):
+            if state["warmed"] == 1:
+                signal.raise_signal(signal.SIGINT)
+            return warm(real)
+
+        return warm_and_stop
+
+    monkeypatch.setattr(ebgan, "warm_up", stopped)
+    with pytest.raises(Stopped):
+        train("ebgan", tmp_path / "part", steps=2, **short)
+    monkeypatch.undo()
+    (part,) = (tmp_path / "part").iterdir()
+    assert kept(part)[1]["warmed"] == 2 and kept(part)[1]["t"] == 0
+    resume("ebgan", part, steps=4)
+    torch.testing.assert_close(kept(part), kept(whole), rtol=0, atol=0)
+
+
+def test_a_run_shows_images_and_what_d_makes_of_them(tmp_path):
+    folder = train("ebgan", tmp_path, sample_every=1, eval_every=0)
+    for name in ("samples", "reconstructions"):
+        assert (folder / f"{name}.png").exists() and (folder / name / "000002.png").exists()
+
+
+@pytest.mark.parametrize("name, value", [("margin_decay", 1.5), ("warmup_steps", -1), ("code_dim", 0)])
+def test_arguments_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        ebgan.Args(**{name: value})

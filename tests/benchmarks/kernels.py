@@ -14,10 +14,8 @@ On a GPU the rows go to tests/benchmarks/results/kernels-DEVICE.json, elsewhere 
 Without a GPU eager code alone is timed; all else is marked "not measured", as the kernels and what
 they are compared with would be other code there.
 """
-import argparse
 import datetime
 import importlib
-import json
 import re
 import statistics
 import time
@@ -28,6 +26,7 @@ from typing import Callable
 import torch
 
 import kernels
+from common import cli, files, terminal
 from tests.kernel_helpers import captured, error
 
 SHAPES = ["64,1,32,32", "64,3,64,64", "64,3,128,128", "64,3,256,256", "256,3,256,256"]
@@ -181,7 +180,7 @@ def updates(device, repeats):
         for changes in settings if cuda else settings[:1]:
             calls = {}
             for impl in ("torch", "triton") if cuda else ("torch",):
-                args = module.Args(device=str(device), **changes)
+                args = module.Args(device=str(device), precision="bf16", **changes)
                 torch.manual_seed(0)
                 nets = module.build(args)
                 update_d, update_g, _ = module.updates(nets, args, kernels if impl == "triton" else None)
@@ -223,14 +222,14 @@ def line(row):
     return text + f"{row['vs_eager']:8.2f}x"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = cli.Parser(prog="python -m tests.benchmarks.kernels", description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,C,H,W", help=f"[{' '.join(SHAPES)}]")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="[fp32 bf16]")
     parser.add_argument("--repeats", type=int, help="calls per figure [100 on a GPU, else 3]")
     parser.add_argument("--no-updates", action="store_true", help="leave out the updates of the scripts")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where the rows go")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     if not cuda:
@@ -241,30 +240,38 @@ def main():
     if cuda:
         versions["triton"] = importlib.import_module("triton").__version__
     about = dict(device=name, versions=versions, date=datetime.date.today().isoformat(), repeats=repeats)
-    print(", ".join([name, *(f"{k} {v}" for k, v in versions.items()), about["date"]]))
-    if not cuda:
-        print("no GPU: eager code alone is timed here, and its figures say nothing about one")
-    print(HEAD)
+    path = args.json
+    if path is None and cuda:
+        file = f"kernels-{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
+        path = Path(__file__).parent / "results" / file
     rows = []
+
+    def keep(found, lines):
+        """Rows as they come, so that nothing is lost where time runs out."""
+        rows.extend(found)
+        terminal.result("\n".join(lines))
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, about | {"rows": rows})
+
+    terminal.result(", ".join([name, *(f"{k} {v}" for k, v in versions.items()), about["date"]]))
+    if not cuda:
+        terminal.result("no GPU: eager code alone is timed, and its figures say nothing about one")
+    terminal.result(HEAD)
     for shape in (tuple(map(int, s.split(","))) for s in args.shapes):
         for dtype in args.dtypes:
             for case in cases(shape, DTYPES[dtype], device):
                 done = any((r["what"], tuple(r["shape"])) == (case.name, case.shape) for r in rows)
                 if case.name.startswith("icr") and (done or dtype != "fp32"):
                     continue  # scores are float32 under every precision, and one row for each N
-                rows += measure(case, dtype, device, repeats)
-                print("\n".join(map(line, rows[-3:])), flush=True)
+                found = measure(case, dtype, device, repeats)
+                keep(found, map(line, found))
     if not args.no_updates:
-        rows += updates(device, repeats)
-        print("\n".join(line(r) for r in rows if "settings" in r))
-    path = args.json
-    if path is None and cuda:
-        path = Path(__file__).parent / "results" / f"kernels-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
+        found = updates(device, repeats)
+        keep(found, map(line, found))
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(about | dict(rows=rows), indent=1) + "\n")
-        print(path)
+        terminal.result(str(path))
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)
