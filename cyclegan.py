@@ -54,7 +54,7 @@ class Args:
     # networks
     n_blocks: int = 3  # residual blocks of a generator
     width: int = 16  # channels at the widest resolution; deeper layers double
-    patch_layers: int = 2  # halvings of D; 0 = judges single pixels
+    patch_layers: int = 2  # size of D's patches: 0 to 5 for 1, 16, 34, 70, 142, 286 pixels
     paper_upsampling: bool = False  # kernels of 3 where maps are enlarged, uneven as in the paper
     skip: bool = True  # a generator adds what it finds to its input; off as in the paper
     # optimisation
@@ -86,6 +86,13 @@ class Args:
             self.steps = 4000
         if self.lambda_cycle_b is None:
             self.lambda_cycle_b = self.lambda_cycle
+        if not 0 <= self.patch_layers <= 5:
+            raise ValueError(f"patch_layers must be 0 to 5, got {self.patch_layers}")
+        if self.patch_layers and self.image_size >> self.patch_layers < 3:
+            what = f"patch_layers {self.patch_layers} with image_size {self.image_size}"
+            raise ValueError(f"{what} leaves no map of scores: take fewer")
+        if self.n_blocks < 0 or self.pool_size < 0:
+            raise ValueError("n_blocks and pool_size must be zero or positive")
 
 
 # ---- networks ------------------------------------------------------------------------------
