@@ -191,9 +191,10 @@ def test_a_caller_s_own_buffer_is_read_in_place_and_other_inputs_are_copied(emul
     assert update(torch.full((4,), 10.0))["sum"].item() == 100
     other_total = torch.zeros(4)
     other = graphs.graph(lambda x: {"sum": other_total.add_(x).sum()}, "cuda")
-    for i in range(6):
-        other(torch.full((4,), float(i)))
-    assert other_total[0].item() == 15
+    given = [torch.full((4,), float(i)) for i in range(6)]
+    for x in given:
+        other(x)
+    assert other_total[0].item() == 15 and [x[0].item() for x in given] == [*range(6)]
 
 
 def test_a_failed_capture_leaves_the_current_stream_and_can_be_told(emulated):

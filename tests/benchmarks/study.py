@@ -49,7 +49,6 @@ ROOT = Path(__file__).parents[2]
 PAPER = "--lambda-real 10 --lambda-fake 10 --lambda-dis 5 --lambda-gen 0.5"
 OFF = "--lambda-real 0 --lambda-fake 0 --lambda-dis 0 --lambda-gen 0"
 BCR = f"icr_gan.py {OFF} --lambda-real 10 --lambda-fake 10"
-BCR = "--lambda-real 10 --lambda-fake 10"
 METHODS = {  # name: command, and the distance that the course behind this project reports on digits
     "lsgan": ("lsgan.py", 26.58),
     "vanilla": ("lsgan.py --loss vanilla", None),
@@ -67,13 +66,6 @@ METHODS = {  # name: command, and the distance that the course behind this proje
     "cr": (f"icr_gan.py {OFF} --lambda-real 10", None),
     "bcr": (BCR, None),
     "zcr": (f"icr_gan.py {OFF} --lambda-dis 5 --lambda-gen 0.5", None),
-    # the terms of D on a share of each batch: what the consistency costs, and what is left of it
-    "icr-1of2": ("icr_gan.py --consistency-share 0.5", None),
-    "icr-1of4": ("icr_gan.py --consistency-share 0.25", None),
-    "icr-1of8": ("icr_gan.py --consistency-share 0.125", None),
-    "bcr-1of2": (f"icr_gan.py {OFF} {BCR} --consistency-share 0.5", None),
-    "bcr-1of4": (f"icr_gan.py {OFF} {BCR} --consistency-share 0.25", None),
-    "bcr-1of8": (f"icr_gan.py {OFF} {BCR} --consistency-share 0.125", None),
     # the course's mistake, on purpose: digits mirrored, and the paper's weights on scores of [0, 1]
     "icr-course": (f"icr_gan.py {PAPER} --sigma 0.03 --flip on --shift 0", 61.626),
 }
