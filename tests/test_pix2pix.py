@@ -16,7 +16,8 @@ LN2 = math.log(2)
 
 def arguments(**changes):
     tiny = dict(steps=2, batch_size=3, image_size=16, width=4, patch_layers=1, device="cpu")
-    return pix2pix.Args(**(tiny | dict(precision="fp32", channels_a=3, channels_b=3) | changes))
+    tiny |= dict(precision="fp32", channels_a=3, channels_b=3, jitter=True)
+    return pix2pix.Args(**(tiny | changes))
 
 
 def pairs(args, seed=1):
