@@ -252,6 +252,18 @@ def test_gradients_reach_the_network_of_each_loss_and_no_other():
     assert all(after) and all(torch.equal(a, b) for a, b in zip(of_d, later))  # nor G's for D
 
 
+def test_gradients_of_one_update_do_not_add_to_those_of_the_last():
+    args = arguments(lr=0.0)
+    nets = pix2pix.build(args)
+    update, grads = pix2pix.updates(nets, args)[0], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        update(pairs(args))
+        trained = [*nets["generator"].parameters(), *nets["discriminator"].parameters()]
+        grads.append([p.grad.clone() for p in trained])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_g_meets_the_discriminator_after_its_step_and_one_translation_serves_both():
     args = arguments()
     nets = pix2pix.build(args)

@@ -66,17 +66,15 @@ METHODS = {  # name: command, and the distance that the course behind this proje
     "cr": (f"icr_gan.py {OFF} --lambda-real 10", None),
     "bcr": (BCR, None),
     "zcr": (f"icr_gan.py {OFF} --lambda-dis 5 --lambda-gen 0.5", None),
-    # the terms of D on a share of each batch: what the consistency costs, and what is left of it
-    "icr-1of2": ("icr_gan.py --consistency-share 0.5", None),
-    "icr-1of4": ("icr_gan.py --consistency-share 0.25", None),
-    "icr-1of8": ("icr_gan.py --consistency-share 0.125", None),
-    "bcr-1of2": (f"{BCR} --consistency-share 0.5", None),
-    "bcr-1of4": (f"{BCR} --consistency-share 0.25", None),
-    "bcr-1of8": (f"{BCR} --consistency-share 0.125", None),
     # the course's mistake, on purpose: digits mirrored, and the paper's weights on scores of [0, 1]
     "icr-course": (f"icr_gan.py {PAPER} --sigma 0.03 --flip on --shift 0", 61.626),
 }
-OTHERS = {  # only where --methods names them: on data and with scores of their own
+OTHERS = {  # only where --methods names them: consistency on a share of the images,
+    "icr-half": ("icr_gan.py --sigma 0.05 --consistency-share 0.5", None),
+    "icr-quarter": ("icr_gan.py --sigma 0.05 --consistency-share 0.25", None),
+    "icr-eighth": ("icr_gan.py --sigma 0.05 --consistency-share 0.125", None),
+    "bcr-quarter": (f"{BCR} --consistency-share 0.25", None),
+    # and image to image, on data and with scores of their own
     "pix2pix": ("pix2pix.py --dataset blueprints", None),
     "cyclegan": ("cyclegan.py --dataset stripes", None),
 }
@@ -401,7 +399,7 @@ def arguments(argv):
         ("--seeds", {"type": int}, "seeds of each method [3, with --settings 1]"),
         ("--settings", {"type": int, "default": 0}, "random draws of each method's arguments [0]"),
         ("--subset", {"type": int, "default": 0}, "train on only that many images [0: all]"),
-        ("--methods", {}, f"of {', '.join([*METHODS, *OTHERS])} [all but the last two]"),
+        ("--methods", {}, f"of {', '.join([*METHODS, *OTHERS])} [all but the last six]"),
         ("--dataset", {"default": "mnist"}, "of all of them [mnist]"),
         ("--precision", {"default": "fp32", "choices": ["fp32", "bf16"]}, "of all of them [fp32]"),
         ("--jobs", {"type": int, "default": 1}, "trainings at once [1]"),
