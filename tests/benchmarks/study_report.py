@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 from common import files
@@ -92,7 +93,7 @@ def by(rows, *columns):
 class Chart:
     """A picture with a logarithmic axis of distances upwards, and something linear along."""
 
-    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 860, 460, 60, 40, 50, 170
+    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 860, 520, 60, 40, 50, 170
 
     def __init__(self, title, along, last, every):
         """last: the end of the axis along; every: distances that must fit."""
@@ -127,7 +128,7 @@ class Chart:
         there = list(zip(map(self.x, xs), map(self.y, lows)))
         back = list(zip(map(self.x, xs), map(self.y, highs)))[::-1]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in there + back)
-        self.parts.append(f'<polygon points="{path}" fill="{color}" fill-opacity=".12"/>')
+        self.parts.append(f'<polygon points="{path}" fill="{color}" fill-opacity=".08"/>')
 
     def ticks_along(self, marks):
         for value, text in marks:
@@ -165,12 +166,12 @@ def budget_chart(title, methods):
     last = max(t for curve in curves.values() for t, _ in curve)
     chart = Chart(title, "seconds of training", last, [v for c in curves.values() for _, v in c])
     chart.ticks_along((last * i / 6, f"{last * i / 6:.0f}") for i in range(7))
-    for color, curve in zip(COLORS, curves.values()):
+    for color, curve in zip(cycle(COLORS), curves.values()):
         chart.line([(chart.x(t), chart.y(v)) for t, v in curve], color)
         for t, v in curve:
             x, y = chart.x(t), chart.y(v)
             chart.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
-    chart.legend(zip(curves, COLORS))
+    chart.legend(zip(curves, cycle(COLORS)))
     return chart.svg()
 
 
@@ -185,10 +186,10 @@ def minimum_chart(title, methods):
     ends = [v for curve in curves.values() for v in curve[2] + curve[3]]
     chart = Chart(title, "random settings tried", last, ends)
     chart.ticks_along((k, str(k)) for k in range(1, last + 1))
-    for color, (ks, means, lows, highs) in zip(COLORS, curves.values()):
+    for color, (ks, means, lows, highs) in zip(cycle(COLORS), curves.values()):
         chart.band(ks, lows, highs, color)
         chart.line([(chart.x(k), chart.y(v)) for k, v in zip(ks, means)], color)
-    chart.legend(zip(curves, COLORS))
+    chart.legend(zip(curves, cycle(COLORS)))
     return chart.svg()
 
 
