@@ -22,6 +22,8 @@ import tarfile
 import tempfile
 import time
 from datetime import datetime
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,7 +242,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
-        "triton": getattr(sys.modules.get("triton"), "__version__", None),
+        "triton": metadata.version("triton") if find_spec("triton") else None,
         "python": platform.python_version(), "cores": machine.cores(),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
     }  # fmt: skip
