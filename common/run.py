@@ -26,7 +26,7 @@ from common.cli import Diverged, Stopped
 from common.signals import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
-EARLY_GRID = 100  # an extra grid, so that the first picture comes within seconds
+EARLY_GRIDS = 0, 100  # steps, so that the first pictures come within seconds
 AGREE = 0.5  # seconds after which several processes compare signals and clocks again
 LASTING = 5  # rows of the log after which a value that stays low is spoken of
 
@@ -134,13 +134,10 @@ class Run:
         self._start_seconds, self._start_step = self.seconds, self.step
         self._agreed_seconds, self._next_agreement = self.seconds, self.step
         terminal.note(self._first_line())
-        if saved:
-            checkpoint.remove_later_grids(self.folder, self.step)
-            self._when_due()  # a run that was stopped between a save and its evaluation owes it
-        else:
-            with self._paused():
-                self.draw()
+        if not saved:
             self.save()
+        checkpoint.remove_later_grids(self.folder, self.step)
+        self._when_due()  # a run that was stopped between a save and its evaluation owes it
 
     def __enter__(self):
         self._signals.catch()
@@ -264,22 +261,20 @@ class Run:
         self._when_due()
 
     def _due(self, every):
-        return bool(every) and self.step % every == 0
+        return bool(every) and self.step > 0 and self.step % every == 0
 
     def _when_due(self):
-        a = self.args
-        if self.step == 0:
-            return
+        a, step = self.args, self.step
+        saves, scores = self._due(a.sample_every), self._due(a.eval_every)
         if self._due(a.log_every):
             self._log()
-        shows, scores = self._due(a.sample_every), self._due(a.eval_every)
-        if shows or scores or self.step == EARLY_GRID:
+        if saves or scores or step in EARLY_GRIDS:
             with self._paused():
                 self._gather_ranks()
-                if shows or self.step == EARLY_GRID:
-                    self.draw()
-                if shows:
+                if saves:  # first, while the random numbers are those of training
                     self.save()
+                if saves or step in EARLY_GRIDS:
+                    self.draw()
                 if scores:
                     self.score()
 
@@ -354,8 +349,8 @@ class Run:
         if self._losses:
             self._log()
         with self._paused():
-            self.draw()
             self.save()
+            self.draw()
             row = self.score()
         if row is None:
             self._stop_if_signalled()

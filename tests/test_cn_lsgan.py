@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import cn_lsgan
+from common import cli
 import lsgan
 from cn_lsgan import discriminator_loss, generator_loss, reconstruction_constraint
 from tests.helpers import LinearCritic, Recorder, assert_same, states, tiny, trained
@@ -206,4 +207,4 @@ def test_the_target_reaches_the_update(target):
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_bad_values_are_named(key, value):
     with pytest.raises(ValueError, match=key):
-        cn_lsgan.Args(**{key: value})
+        cli.check(cn_lsgan.Args(**{key: value}))
