@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import cn_lsgan
-from common import cli
 import lsgan
 from cn_lsgan import discriminator_loss, generator_loss, reconstruction_constraint
+from common import cli
 from tests.helpers import LinearCritic, Recorder, assert_same, states, tiny, trained
 
 OFF = {"lambda_gp": 0.0, "lambda_rec": 0.0}
