@@ -8,11 +8,13 @@ Losses   Generators G: A -> B, F: B -> A; least squares (Mao et al. 2016, arXiv:
          L_GF = E[(D_B(G(a)) - 1)^2] + E[(D_A(F(b)) - 1)^2]
                 + lambda_cycle E|F(G(a)) - a| + lambda_cycle_b E|G(F(b)) - b|
                 + lambda_identity (E|G(b) - b| + E|F(a) - a|)
-Differs  1. Maps are enlarged by kernels of 4, stride 2, which cover every pixel equally often;
-         the paper's kernels of 3 do not, which shows as checkerboards; 2. networks, patches of D
-         and batch are those found for 64 pixels and minutes; 3. an exponential average of both
-         generators is sampled and scored, the paper takes the generators themselves; 4. the weight
-         of the identity is absolute, 5; the paper's is relative, .5 of 10, where it has one.
+Differs  1. A generator adds what it finds to its input (--skip off: not). InstanceNorm after the
+         first convolution takes away the mean colour of an image, which the paper's generators can
+         only guess; 2. maps are enlarged by kernels of 4, which cover all pixels evenly; the
+         paper's of 3 do not, and leave checkerboards; 3. networks, patches of D and the rate are
+         those found for 64 pixels and minutes; 4. an exponential average of both generators is
+         sampled and scored, the paper takes the generators themselves; 5. the identity's weight is
+         absolute, 5; the paper's is relative, .5 of 10, and on for paintings alone.
 Reached  nothing measured yet.
 Run      python cyclegan.py                                # built-in stripes
          python cyclegan.py --dataset horse2zebra
@@ -42,6 +44,8 @@ class Args:
     subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
     image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
+    jitter: bool = True  # enlarge images by 286/256 and cut out a random square
+    mirror: bool = True  # mirror every second image
     # method
     lambda_cycle: float = 10.0  # weight of A to B to A giving the image back
     lambda_cycle_b: float | None = None  # weight of B to A to B [as lambda_cycle]
@@ -50,8 +54,9 @@ class Args:
     # networks
     n_blocks: int = 3  # residual blocks of a generator
     width: int = 16  # channels at the widest resolution; deeper layers double
-    patch_layers: int = 2  # halvings of D; 0 = judges single pixels
+    patch_layers: int = 2  # size of D's patches: 0 to 5 for 1, 16, 34, 70, 142, 286 pixels
     paper_upsampling: bool = False  # kernels of 3 where maps are enlarged, uneven as in the paper
+    skip: bool = True  # a generator adds what it finds to its input; off as in the paper
     # optimisation
     steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
@@ -77,13 +82,25 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if self.lambda_cycle_b is None:
             self.lambda_cycle_b = self.lambda_cycle
+        if not 0 <= self.patch_layers <= 5:
+            raise ValueError(f"patch_layers must be 0 to 5, got {self.patch_layers}")
+        if self.patch_layers and self.image_size >> self.patch_layers < 3:
+            what = f"patch_layers {self.patch_layers} with image_size {self.image_size}"
+            raise ValueError(f"{what} leaves no map of scores: take fewer")
+        if self.n_blocks < 0 or self.pool_size < 0:
+            raise ValueError("n_blocks and pool_size must be zero or positive")
 
 
 # ---- networks ------------------------------------------------------------------------------
+
+
+def norm_layer(norm, channels):
+    """BatchNorm with scale and shift ("batch"), or InstanceNorm without ("instance")."""
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels)
 
 
 class ResidualBlock(nn.Module):
@@ -106,12 +123,14 @@ class ResidualBlock(nn.Module):
 class ResnetGenerator(nn.Module):
     """Images [N, channels, H, W] in [-1, 1] -> the same shape, range and dtype.
 
-    H and W are multiples of 4, at least 8. Paper, section 7.1. No layer couples the images of a
-    batch. Biases before a norm change nothing; the paper's networks have them, and so its counts.
+    H and W are multiples of 4, at least 8. Paper, section 7.2, which is skip=False and
+    paper_upsampling=True. No layer couples the images of a batch. Biases before a norm change
+    nothing; the paper's networks have them, and so its counts.
     """
 
-    def __init__(self, channels=3, n_blocks=3, width=16, paper_upsampling=False):
+    def __init__(self, channels=3, n_blocks=3, width=16, paper_upsampling=False, skip=True):
         super().__init__()
+        self.skip = skip
         up = dict(kernel_size=4, stride=2, padding=1)
         if paper_upsampling:
             up = dict(kernel_size=3, stride=2, padding=1, output_padding=1)
@@ -127,7 +146,8 @@ class ResnetGenerator(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.body(x).to(x.dtype).tanh()
+        h = self.body(x).to(x.dtype)
+        return F.hardtanh(x + h) if self.skip else h.tanh()
 
 
 class PatchDiscriminator(nn.Module):
@@ -225,13 +245,13 @@ class ImagePool:
         self.images, self.filled = state["images"].clone(), state["filled"].clone()
 
 
-def initialise(net):
-    """Weights of convolutions from N(0, 0.02^2), biases 0, as the paper's appendix says."""
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(m.weight, 0, 0.02)
-            nn.init.zeros_(m.bias)
-    return net
+@torch.no_grad()
+def initialise(layer):
+    """Weights from N(0, .02^2), BatchNorm's scales from N(1, .02^2), biases 0 (section 6.2)."""
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        layer.weight.normal_(1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def build(args):
@@ -242,14 +262,18 @@ def build(args):
     device = "cuda" if cuda else args.device.replace("auto", "cpu")
     channels = args.channels or 1
 
+    paper = args.paper_upsampling, args.skip
+
     def generator():
-        return ResnetGenerator(channels, args.n_blocks, args.width, args.paper_upsampling)
+        return ResnetGenerator(channels, args.n_blocks, args.width, *paper)
 
     def discriminator():
         return PatchDiscriminator(channels, args.width, args.patch_layers, "instance")
 
-    g = initialise(nn.ModuleDict({"AtoB": generator(), "BtoA": generator()}))
-    d = initialise(nn.ModuleDict({"A": discriminator(), "B": discriminator()}))
+    g = nn.ModuleDict({"AtoB": generator(), "BtoA": generator()})
+    d = nn.ModuleDict({"A": discriminator(), "B": discriminator()})
+    for net in (g, d):
+        net.apply(initialise)
     ema = copy.deepcopy(g).eval().requires_grad_(False)
     nets = dict(generator=g, discriminator=d, generator_ema=ema)
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
@@ -265,6 +289,20 @@ def sample(nets, args, x, direction="AtoB"):
     """x [N, channels, H, W] in [-1, 1] -> its translation, by the averaged weights, in float32."""
     g = nets["generator_ema"][direction]
     return g(x.to(next(g.parameters()).device))
+
+
+def jittered(pair, enlarge=True, mirror=True):
+    """Pairs [N, C, S, S] in [-1, 1]: each enlarged, cropped and mirrored as one (section 6.2)."""
+    n, _, size, _ = pair.shape
+    device, large = pair.device, round(size * 286 / 256)
+    rows = columns = torch.arange(size, device=device).expand(n, size)
+    if enlarge:
+        pair = F.interpolate(pair, large, mode="bicubic").clamp(-1, 1)
+        rows, columns = torch.randint(large - size + 1, (2, n, 1), device=device) + rows
+    if mirror:
+        columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns, columns.flip(1))
+    image = torch.arange(n, device=device).view(n, 1, 1)
+    return pair.movedim(1, -1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].movedim(-1, 1)
 
 
 @torch.no_grad()
@@ -287,7 +325,7 @@ def updates(nets, args):
     device = next(g.parameters()).device
 
     def adam(net):
-        lr = torch.tensor(args.lr, device=device)  # a tensor, so that a captured update sees changes
+        lr = torch.tensor(args.lr, device=device)  # a tensor: a captured update sees its changes
         betas, capturable = (args.beta1, args.beta2), device.type == "cuda"
         return torch.optim.Adam(net.parameters(), lr, betas, fused=True, capturable=capturable)
 
@@ -298,10 +336,17 @@ def updates(nets, args):
     opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
     pool_a, pool_b = ImagePool(args.pool_size), ImagePool(args.pool_size)
 
+    def translate(net, x, there):
+        """net's x, and of what is there already: in one call, as no layer couples images."""
+        if not args.lambda_identity:
+            return net(x), None
+        return net(torch.cat([x, there])).chunk(2)
+
     def update(a, b):
-        d.requires_grad_(False)  # gradients pass through D, none are kept for it
+        a, b = (jittered(x, args.jitter, args.mirror) for x in (a, b))
         with autocast():
-            fake_b, fake_a = g["AtoB"](a), g["BtoA"](b)
+            fake_b, same_b = translate(g["AtoB"], a, b)
+            fake_a, same_a = translate(g["BtoA"], b, a)
             terms = [
                 (1, "adv_a", generator_adv_loss(d["A"](fake_a))),
                 (1, "adv_b", generator_adv_loss(d["B"](fake_b))),
@@ -312,14 +357,13 @@ def updates(nets, args):
                 terms += [(args.lambda_cycle_b, "cycle_b", cycle_loss(g["AtoB"](fake_a), b))]
             if args.lambda_identity:
                 terms += [
-                    (args.lambda_identity, "identity_a", identity_loss(g["BtoA"](a), a)),
-                    (args.lambda_identity, "identity_b", identity_loss(g["AtoB"](b), b)),
+                    (args.lambda_identity, "identity_a", identity_loss(same_a, a)),
+                    (args.lambda_identity, "identity_b", identity_loss(same_b, b)),
                 ]
             loss_g = sum(weight * term for weight, _, term in terms)
         opt_g.zero_grad()
-        loss_g.backward()
+        loss_g.backward(inputs=list(g.parameters()))  # through D, which keeps none
         opt_g.step()
-        d.requires_grad_(True)
 
         with autocast():
             d_real_a, d_fake_a = d["A"](torch.cat([a, pool_a.query(fake_a)])).chunk(2)
@@ -336,6 +380,7 @@ def updates(nets, args):
         losses |= {name: term for _, name, term in terms}
         scores = dict(d_real_a=d_real_a, d_fake_a=d_fake_a, d_real_b=d_real_b, d_fake_b=d_fake_b)
         losses |= {name: score.mean() for name, score in scores.items()}
+        losses |= dict(lr=opt_g.param_groups[0]["lr"].clone())
         return {name: value.detach() for name, value in losses.items()}
 
     state = dict(opt_g=opt_g, opt_d=opt_d, t=t, pool_a=pool_a, pool_b=pool_b)
@@ -343,5 +388,86 @@ def updates(nets, args):
 
 
 def learning_rate(args, done):
-    """Adam's step size when the share done of the run is behind: constant, then linear to 0."""
+    """Step size when the share done of the run, in [0, 1], is behind: constant, then to 0."""
     return args.lr * min(1, (1 - done) / args.lr_decay) if args.lr_decay else args.lr
+
+
+def main(args):
+    """Train as args say; returns the run folder (pathlib.Path)."""
+    from common import data, features, graphs, processes, run, scores  # borrowed: see lsgan.py
+
+    device = run.setup(args)  # checks, processes, precision, threads, seed
+    a, b = data.load_domains(args.dataset, args.data_dir, args.image_size, args.cache_dir)
+    if a.test is None or b.test is None:
+        raise ValueError(f"{args.dataset} has no testA and testB, which scores are made on")
+    if args.channels not in (0, a.channels):
+        raise ValueError(f"channels is {args.channels}; {args.dataset} has {a.channels}")
+    args.channels = a.channels
+    nets = build(args)
+    update, state = updates(nets, processes.share(args))  # its share of a batch
+    for domain, images in enumerate((a, b)):  # each in an order of its own
+        train = data.subset(images, args.subset)
+        batches = data.Batches(train, args.batch_size, args.seed, device, domain)
+        state["batches_" + "ab"[domain]] = batches
+    n = args.eval_samples
+    test_a, test_b = (data.to_float(images.test.images[:n]) for images in (a, b))
+    ways = ("AtoB", test_b, a.counterpart), ("BtoA", test_a, b.counterpart)
+    feature_name = features.resolve(args.features, args.channels)
+    baselines = {}
+
+    def translate(x, direction):
+        return torch.cat([sample(nets, args, part, direction).cpu() for part in x.split(64)])
+
+    def there_and_back(x, direction):
+        y = translate(x, direction)
+        return y, translate(y, "BtoA" if direction == "AtoB" else "AtoB")
+
+    def draw():
+        from_a, from_b = test_a[:8], test_b[:8]
+        rows = [from_a, *there_and_back(from_a, "AtoB"), from_b, *there_and_back(from_b, "BtoA")]
+        return {"samples": torch.stack(rows, 1)}
+
+    def distances(*images):
+        row = {}
+        for x, (way, real, _) in zip(images, ways):
+            both = data.to_uint8(x), data.to_uint8(real)
+            found = scores.distances(*both, feature_name, device)
+            row |= {f"{name}_{way}": value for name, value in found.items()}
+        return row
+
+    def errors(*images):
+        row = {}
+        for x, (way, _, true) in zip(images, ways):
+            if true is not None:
+                row[f"error_{way}"] = (x - data.to_float(true[:n])).abs().mean().item()
+        return row
+
+    def score():
+        if not baselines:
+            seen = (data.to_float(images.images[:n]) for images in (b, a))
+            baselines["input"] = distances(test_a, test_b) | errors(test_a, test_b)
+            baselines["training images"] = distances(*seen)
+        fake_b, rec_a = there_and_back(test_a, "AtoB")
+        fake_a, rec_b = there_and_back(test_b, "BtoA")
+        row = {"n": min(len(test_a), len(test_b)), "features": feature_name}
+        row |= distances(fake_b, fake_a) | errors(fake_b, fake_a)
+        row |= {"cycle_a": cycle_loss(rec_a, test_a).item()}
+        row |= {"cycle_b": cycle_loss(rec_b, test_b).item()}
+        return row | {"baselines": baselines}
+
+    with run.start(__file__, args, nets, state, draw, score) as r:
+        advice = "D has won, its pull on G fades: more images, fewer patch_layers or a lower lr"
+        r.warn_below("loss_d_a", 0.01, advice)
+        r.warn_below("loss_d_b", 0.01, advice)
+        update = graphs.graph(update, device, args.graphs)
+        while r.going():
+            r.set_lr(learning_rate(args, r.fraction))
+            losses = update(next(state["batches_a"]), next(state["batches_b"]))
+            r.after_step(losses)  # counts; when due: logs, draws, saves, scores
+        return r.finish()  # final metrics and pictures, generator.pt
+
+
+if __name__ == "__main__":
+    from common.cli import cli  # training needs the folder common/; importing this file does not
+
+    cli(main, Args, __doc__)

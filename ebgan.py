@@ -81,7 +81,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if not 0 <= self.margin_decay <= 1:
             raise ValueError(f"margin_decay must be in [0, 1], got {self.margin_decay}")

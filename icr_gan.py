@@ -44,6 +44,7 @@ class Args:
     lambda_fake: float = 10.0  # weight of D(G(z)) against D(T(G(z))); 0 = off
     lambda_dis: float = 5.0  # weight of D(G(z)) against D(G(z + sigma n)); 0 = off
     lambda_gen: float = 0.5  # weight of G(z) against G(z + sigma n), which G pushes apart; 0 = off
+    consistency_share: float = 1.0  # share of each batch that the terms of D see, above 0
     shift: int | None = None  # largest move of T in pixels, 0 = none [image_size / 32, at least 1]
     flip: Literal["auto", "on", "off"] = "auto"  # whether T mirrors; auto = not digits and mnist
     # networks
@@ -76,10 +77,14 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if self.shift is None:
             self.shift = max(1, self.image_size // 32)
+        if self.shift >= self.image_size:
+            raise ValueError(f"shift must be below image_size, {self.image_size}, got {self.shift}")
+        if not 0 < self.consistency_share <= 1:
+            raise ValueError(f"consistency_share must be in (0, 1], got {self.consistency_share}")
 
 
 # ---- networks ------------------------------------------------------------------------------
@@ -170,6 +175,19 @@ def icr_d_loss(d_out, lambda_real, lambda_fake, lambda_dis):
             loss = loss + weight * term
             terms[-1] = term.detach()
     return loss, torch.stack(terms)
+
+
+def fill_up(scores, first_is_real):
+    """d_out of icr_d_loss from scores of N, N, and for each term of only the first of these images.
+
+    scores: D(x), D(G(z)), then those of the terms, the first of them of real images or not. Where a
+    term has not looked an image stands for itself, its difference is 0; so the mean over N is less
+    than that over the images seen by their share.
+    """
+    d_real, d_fake, *terms = scores
+    bases = [d_real if first_is_real and i == 0 else d_fake for i in range(len(terms))]
+    terms = [torch.cat([term, base[len(term) :]]) for term, base in zip(terms, bases)]
+    return torch.stack([d_real, d_fake, *terms])
 
 
 # ---- augmentation ----------------------------------------------------------------------------
@@ -274,20 +292,25 @@ def updates(nets, args, ops=None):
         with autocast():
             with torch.no_grad():
                 fake = g(z).to(real.dtype)
+            seen = max(1, round(args.consistency_share * len(real)))  # images, by the terms
             sets = [real, fake]
             if args.lambda_real:
-                sets.append(ops.augment(real, *draw_moves(len(real), args, device)))
+                sets.append(ops.augment(real[:seen], *draw_moves(seen, args, device)))
             if args.lambda_fake:
-                sets.append(ops.augment(fake, *draw_moves(len(fake), args, device)))
-            if lambda_dis:
+                sets.append(ops.augment(fake[:seen], *draw_moves(seen, args, device)))
+            if lambda_dis:  # all of them, so that G's BatchNorm meets a batch like that of z
                 with torch.no_grad():
-                    sets.append(g(z + args.sigma * torch.randn_like(z)).to(real.dtype))
-            d_out = d(torch.cat(sets)).view(len(sets), -1)  # one call: one power iteration
-        loss, terms = ops.icr_d_loss(d_out, args.lambda_real, args.lambda_fake, lambda_dis)
+                    near = g(z + args.sigma * torch.randn_like(z)).to(real.dtype)
+                sets.append(near[:seen])
+            scores = d(torch.cat(sets)).split([len(x) for x in sets])  # one power iteration
+        d_out = fill_up(scores, args.lambda_real)
+        weights = [w * len(real) / seen for w in (args.lambda_real, args.lambda_fake, lambda_dis)]
+        loss, terms = ops.icr_d_loss(d_out, *weights)
         opt_d.zero_grad()
         loss.backward()
         opt_d.step()
-        return {"loss_d": loss.detach()} | dict(zip(("lsgan", "real", "fake", "dis"), terms))
+        terms = terms[:1], terms[1:] * (len(real) / seen)
+        return {"loss_d": loss.detach()} | dict(zip(("lsgan", "real", "fake", "dis"), torch.cat(terms)))
 
     def update_g():
         z = torch.randn(args.batch_size, args.z_dim, device=device)

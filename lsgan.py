@@ -67,7 +67,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
         if self.loss == "vanilla" and (self.a, self.b, self.c) != (0, 1, 1):
             raise ValueError("a, b and c belong to the least-squares loss, not to --loss vanilla")

@@ -2,19 +2,46 @@
 
 Paper    Larsen et al. 2015, Autoencoding beyond pixels using a learned similarity metric,
          arXiv:1512.09300.
-Losses   z = Enc(x), a draw from q(z|x); rec = Dec(z); prior = Dec(n), n ~ N(0, I)
-         L_prior = KL(q(z|x) || N(0, I))                 summed over dimensions
-         L_llike = 1/2 |F(x) - F(rec)|^2                 summed over features F of Dis
+Losses   z ~ q(z|x) = N(mu, exp(logvar)) of Enc(x); rec = Dec(z); prior = Dec(n), n ~ N(0, I);
+         F = features of Dis, Dis(.) = its logits
+         L_prior = E KL(q(z|x) || N(0, I))                 summed over dimensions
+         L_llike = E 1/2 |F(x) - F(rec)|^2                 summed over features
+         L_Enc = lambda_prior L_prior + lambda_llike L_llike
+         L_Dec = gamma lambda_llike L_llike
+                 + lambda_adv E[softplus(-Dis(rec)) + softplus(-Dis(prior))]
          L_Dis = E[softplus(-Dis(x)) + softplus(Dis(rec)) + softplus(Dis(prior))]
-         L_Enc = L_prior + L_llike
-         L_Dec = gamma L_llike + E[softplus(-Dis(rec)) + softplus(-Dis(prior))]
-         Each is the loss of one network alone: no other learns from it, though L_llike passes
-         through Dis, and through Dec to Enc.
-         --lambda-llike 0 --lambda-pixel 1 --lambda-adv 0: a VAE, whose F is the image itself;
-         --lambda-adv 0: a VAE with the learned similarity.
+         Each trains the network of its name and no other: L_llike passes through Dis unfelt, and
+         what Dis says of rec ends at Dec. lambda_pixel adds lambda_pixel E 1/2 |x - rec|^2 beside
+         lambda_llike L_llike, in both places.
+Differs  1. Dec's adversarial loss is the non-saturating one, the paper prints the minimax one;
+         2. Dis has spectral norms (Miyato et al. 2018, arXiv:1802.05957) for BatchNorm, so x, rec
+         and prior go through together and no statistics hide a difference between them; its head
+         is free of it. F is the convolution that reaches 8 x 8 pixels, before its activation;
+         3. a VAE with learned similarity (--lambda-adv 0) learns F along with Dec: Dis tells x from
+         rec and prior, and Dec does not answer. The paper's Dis comes from a GAN trained before;
+         4. the authors' code leaves Dis or Dec untrained while it is ahead of the other, and its
+         runs on faces judge prior samples alone and weigh each side by half: the paper has none of
+         that, nor has this; 5. lambda_llike is 10, not 1, as F of normed convolutions is small; 6. Adam for
+         RMSProp, rates, and averages of Enc and Dec sampled and scored, as in lsgan.py.
+Near     AAE (arXiv:1511.05644): a discriminator of codes, not of images, replaces L_prior.
+         VEEGAN (arXiv:1705.07761): Dis judges pairs of image and code, and what is reconstructed
+         is the code of a generated image. VGH (arXiv:1802.06847): discriminators estimate the two
+         ratios of densities that stand in L_prior and the likelihood.
+Reached  nothing measured yet
+Run      python vaegan.py                                  # built-in digits
+         python vaegan.py --lambda-pixel 1 --lambda-llike 0 --lambda-adv 0         # a VAE
+         python vaegan.py --lambda-adv 0                   # a VAE with the learned similarity
+Use      from vaegan import Args, build, encode, sample    # needs torch only
+
+Commonly done wrong
+    L_llike, or one sum of all losses, trains Dis too, whose features then shrink to a constant
+    the adversarial loss trains Enc too, or gamma weighs L_llike for Enc as well
+    L_llike averaged over features, with a gamma meant for their sum: nothing is reconstructed
+    x and rec through BatchNorm in separate calls: F(x) and F(rec) lose what they differ by
+    KL averaged over dimensions or summed over the batch; logvar read as the log of the deviation
+    rec not judged by Dis; a minus between L_Dis's terms; a sigmoid before a loss of logits
 """
 import copy
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +62,7 @@ class Args:
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
     # method
     gamma: float = 0.01  # factor of both likelihoods in the decoder's loss, not in the encoder's
-    lambda_llike: float = 1.0  # weight of the likelihood of the discriminator's features; 0 = off
+    lambda_llike: float = 10.0  # weight of the likelihood of the discriminator's features; 0 = off
     lambda_pixel: float = 0.0  # weight of the likelihood of pixels; 0 = off
     lambda_prior: float = 1.0  # weight of the divergence between codes and prior; 0 = off
     lambda_adv: float = 1.0  # weight of the decoder's adversarial loss; 0 = off
@@ -46,8 +73,8 @@ class Args:
     # optimisation
     steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
-    batch_size: int = 64  # images per update
-    lr: float = 2e-3  # Adam step size, all networks
+    batch_size: int = 32  # images per update
+    lr: float = 3e-3  # Adam step size, all networks
     lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment
@@ -68,12 +95,11 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
-        for name in "gamma lambda_llike lambda_pixel lambda_prior lambda_adv kl_warmup".split():
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be zero or positive, got {value}")
+        for name in ("gamma", "kl_warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be zero or positive, got {getattr(self, name)}")
         if not (self.lambda_llike or self.lambda_pixel):
             raise ValueError(
                 "lambda_llike and lambda_pixel are both 0, so nothing is reconstructed; "
@@ -154,7 +180,7 @@ class Discriminator(nn.Module):
         cut = max(2 * downs - 3, 1)
         self.features = nn.Sequential(*blocks[:cut])
         self.body = nn.Sequential(*blocks[cut:])
-        self.head = spectral_norm(nn.Linear(dims[-1] * 16, 1))
+        self.head = nn.Linear(dims[-1] * 16, 1)  # free, as logits need a scale of their own
 
     def score(self, features):
         h = self.body(features).flatten(1)
@@ -357,7 +383,14 @@ def main(args):
     def draw():
         x = data.to_float(held[:32])
         pairs = torch.stack([x, reconstruct(x)], 1).unflatten(0, (-1, 4)).flatten(1, 2)
-        return {"samples": sample(nets, args, shown), "reconstructions": pairs}
+        first, last = x[:8], torch.cat([x[8:12], x[4:8].flip(3)])  # other images, mirror images
+        z_a, z_b = encode(nets, args, torch.cat([first, last])).chunk(2)
+        way = [sample(nets, args, between(z_a, z_b, i / 7)).cpu() for i in range(8)]
+        return {
+            "samples": sample(nets, args, shown),
+            "reconstructions": pairs,
+            "interpolations": torch.stack([first, *way, last], 1),
+        }
 
     def generate(n, rng):
         return sample(nets, args, latents(n, args, rng))

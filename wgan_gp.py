@@ -73,7 +73,7 @@ class Args:
     quiet: bool = False  # no progress on the terminal
 
     def __post_init__(self):
-        if self.steps is None and self.max_minutes is None:
+        if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 2000
         if self.lr is None:
             self.lr = 5e-5 if self.clip else 2e-3

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from common import files, folders, processes, synthetic, terminal
 
 DIGITS = 20_000, 4_000  # training and held-out images
-BLUEPRINTS = 2_000, 200
-STRIPES = 1_000, 100  # in each domain
+BLUEPRINTS = 1_500, 200  # some ten seconds of drawing at 64 px
+STRIPES = 1_100, 150  # in each domain
 PUBLISHED = {  # name: class in torchvision.datasets, where packed files lie
     "mnist": ("MNIST", "MNIST/raw/*.gz"),
     "fashion": ("FashionMNIST", "FashionMNIST/raw/*.gz"),
@@ -171,13 +171,15 @@ class Batches:
 
     Batch number b is a function of (seed, domain, b) alone: each epoch is a permutation of its own,
     whose incomplete tail is dropped. batch_size is that of all processes together; each gets its
-    own stretch of N = batch_size / ranks. drawn: how many batches were given. On a GPU whose memory
-    the set fits, every batch is gathered into one and the same tensor, as a captured update reads.
+    own stretch of N = batch_size / ranks. drawn: how many batches were given; size: of how many
+    images. On a GPU whose memory the set fits, every batch is gathered into one and the same
+    tensor, as a captured update reads.
     """
 
     def __init__(self, images, batch_size, seed, device, domain=0):
         self.images = images if isinstance(images, Images) else Images(images)
         self.drawn, self.batch_size, self.device = 0, batch_size, torch.device(device)
+        self.size = len(self.images)
         pixels, ranks = self.images.images, processes.ranks()
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(
@@ -236,7 +238,7 @@ class Batches:
 
 
 def _folder(name, kind, data_dir):
-    """The folder of a named set or at a path; ValueError says what was wanted instead of nothing."""
+    """The folder of a named set or at a path; ValueError says what else was wanted."""
     if name in NAMES[kind]:
         folder = Path(data_dir, name)
         if not folder.is_dir():
@@ -285,8 +287,8 @@ def _published(name, data_dir):
     except Exception as e:  # whatever urllib, ssl, pickle, tarfile and torch raise comes through
         reason = (str(e).strip().splitlines() or [type(e).__name__])[-1]
         raise ValueError(
-            f"{name} can be neither read from {data_dir} nor downloaded to it ({reason}); --dataset "
-            "digits needs no download"
+            f"{name} can be neither read from {data_dir} nor downloaded to it ({reason}); "
+            "--dataset digits needs no download"
         ) from e
     splits = []
     for part, m in zip(both, (60_000, 10_000)):

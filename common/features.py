@@ -11,11 +11,11 @@ saved as PNG. auto is lenet for grey images and cifarnet for colour.
     vgg16      either, 224 px, d = 4096: torchvision's network, the second hidden layer after ReLU;
                that of Kynkaanniemi et al. is another export, so numbers differ from theirs
 
-lenet and cifarnet are classifiers whose last hidden layer is taken before its ReLU: that is nearer to
-the Gaussian that the Frechet distance fits, and no unit is silent. A BatchNorm without scale and
-shift stands there, so every feature has mean 0 and variance 1 over the images of its training and
-none drowns the others. No label smoothing in training, which would pull each class to a point and
-leave recall nothing to see. Their weights come with this project; common/weights has the training.
+lenet and cifarnet are classifiers whose last hidden layer is taken before its ReLU: that is nearer
+to the Gaussian that the Frechet distance fits, and no unit is silent. A BatchNorm without scale
+and shift stands there, so every feature has mean 0 and variance 1 over the images of its training
+and none drowns the others. No label smoothing in training, which would pull each class to a point
+and leave recall nothing to see. Their weights come with this project; common/weights has the training.
 
 inception and vgg16 need a file of weights: at the path in FILES, which --weights of common.evaluate
 sets, or in torch's hub cache, else it is downloaded there once. Inception resizes as pytorch-fid
@@ -123,7 +123,10 @@ class Inception(nn.Module):
 
     channels, dim, size, batch = 0, 2048, 299, 16
     resize = dict(mode="bilinear", align_corners=False)
-    url = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+    url = (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth"
+    )
 
     def __init__(self):
         super().__init__()
@@ -137,10 +140,11 @@ class Inception(nn.Module):
         for name, layer in self.named_children():
             if name == "avgpool":
                 return x.mean((2, 3))
-            x = _branches(layer, x, name == "Mixed_7c") if hasattr(layer, "branch_pool") else layer(x)
+            mixed = hasattr(layer, "branch_pool")
+            x = _branches(layer, x, name == "Mixed_7c") if mixed else layer(x)
 
     def logits(self, found):
-        """Of 1008 classes, without the bias, as the inception score has been computed ever since."""
+        """Of 1008 classes, without the bias, as the inception score is computed ever since."""
         return F.linear(found, self.fc.weight)
 
 
@@ -156,7 +160,7 @@ def _branches(block, x, maximum):
                 h = layer(h)
             elif maximum:
                 h = layer(F.max_pool2d(x, 3, 1, 1))
-            else:  # a 1 x 1 convolution and an average may change places, and there are fewer outputs
+            else:  # a 1 x 1 convolution and an average may change places; it has fewer outputs
                 h = F.relu(F.avg_pool2d(layer.conv(x), 3, 1, 1, count_include_pad=False))
         outputs += ends or [h]
     return torch.cat(outputs, 1)
@@ -176,10 +180,11 @@ class Vgg16(nn.Module):
         self.convolutions, _, self.classifier = vgg16(init_weights=False).children()
 
     def load_state_dict(self, state):
-        return super().load_state_dict({k.replace("features.", "convolutions."): v for k, v in state.items()})
+        renamed = {k.replace("features.", "convolutions."): v for k, v in state.items()}
+        return super().load_state_dict(renamed)
 
     def features(self, x):
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         x = self.convolutions(((x + 1) / 2 - mean) / std)
         return self.classifier[:5](x.flatten(1))
 
@@ -215,7 +220,7 @@ def resolve(features, channels):
 
 
 def weights_file(name):
-    """Path of a network's weights, downloaded where they are not there; OSError in one line if not."""
+    """Path of a network's weights, downloaded if absent; OSError where they cannot be."""
     name = name.removesuffix("-bf16")
     if name in FILES:
         return Path(FILES[name])
@@ -224,13 +229,14 @@ def weights_file(name):
         return WEIGHTS / f"{name}.pt"
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.exists():
-        terminal.note(f"downloading {url} to {path.parent}")
         try:
-            torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+            torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
         except (OSError, RuntimeError) as e:
             raise OSError(
                 f"the weights of {name} cannot be downloaded ({files.first_line(e)}): "
-                f"put {url} into {path.parent}, or give --weights FILE"
+                f"put {url} into {path.parent} (common.evaluate takes --weights FILE too)"
             ) from e
     return path
 
@@ -255,7 +261,8 @@ def load(name, path):
     try:
         net.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError) as e:
-        raise ValueError(f"{path} does not hold the weights of {name}: {files.first_line(e)}") from e
+        reason = files.first_line(e)
+        raise ValueError(f"{path} does not hold the weights of {name}: {reason}") from None
     net = _folded(net.eval().requires_grad_(False)).to(memory_format=torch.channels_last)
     return net.bfloat16() if name.endswith("-bf16") else net
 
@@ -288,13 +295,14 @@ def extract(images, features="auto", device="cpu", batch_size=None):
     """
     name = resolve(features, _channels(images))
     net = _network(name, weights_file(name), str(torch.device(device)))
-    return _apply(net, net.features, images, batch_size or net.batch)
+    return extract_with(net, images, batch_size)
 
 
 def logits(found, name):
     """Logits float32 [M, classes] of features [M, d] that extract has found with this network."""
     net = _network(name, weights_file(name), "cpu")
-    return torch.cat([net.logits(x.to(next(net.parameters()).dtype)).float() for x in found.split(4096)])
+    dtype = next(net.parameters()).dtype
+    return torch.cat([net.logits(x.to(dtype)).float() for x in found.split(4096)])
 
 
 def _channels(images):
@@ -306,7 +314,9 @@ def _channels(images):
     return images.shape[1]
 
 
-def _apply(net, function, images, batch_size):
+def extract_with(net, images, batch_size=None):
+    """extract with a network that load has returned, on its device; images of its channels."""
+    batch_size = batch_size or net.batch
     weight, began = next(net.parameters()), time.monotonic()
     out = torch.empty(len(images), net.dim)
     # cuDNN would round to TF32 unasked, and its fastest algorithm need not be the same each time
@@ -320,7 +330,7 @@ def _apply(net, function, images, batch_size):
             # a short batch is filled up: other sizes may take other kernels, which round otherwise
             x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, batch_size - n))
             x = x.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-            out[first : first + n] = function(x)[:n].float().cpu()
+            out[first : first + n] = net.features(x)[:n].float().cpu()
             if time.monotonic() - began > QUIET:
                 terminal.progress(f"features of {first + n}/{len(images)} images")
     return out

@@ -59,7 +59,7 @@ class Statistics:
 
     def update(self, features):
         """Add features [N, d], N >= 0; sums stay on the device of the first batch."""
-        x = as_features(features)
+        x = as_features(features).double()
         if self.n == 0:
             self.pilot = x.mean(0)
             self.total = torch.zeros_like(self.pilot)
@@ -148,7 +148,8 @@ def _spread(x):
     A reflection that takes (1, ..., 1) to the first axis leaves no row for the mean. Centring
     would: n rows of rank n - 1, whose missing one comes out of an eigenvalue as the root of noise.
     """
-    n, v = len(x), torch.full((len(x),), len(x) ** -0.5, dtype=x.dtype)
+    n, x = len(x), x.double()
+    v = torch.full((n,), n**-0.5, dtype=x.dtype)
     v[0] += 1
     mean = x.mean(0)
     x = x - mean
@@ -211,7 +212,7 @@ def mmd2(a, b):
     Means over i != j within a and within b, and over all pairs between them; 0 on average where the
     distributions are equal, so often negative there. Needs n and m of at least 2.
     """
-    a, b = as_pair(a, b)
+    a, b = (x.double() for x in as_pair(a, b))
     _at_least_two(a, b)
 
     def within(x):
@@ -227,7 +228,7 @@ def kid(a, b, subsets=100, subset_size=1000, seed=0):
     Subsets have min(n, m, subset_size) points, none twice in one; std is that of the population of
     subsets. Numbers of different subset_size have equal means and different std.
     """
-    a, b = as_pair(a, b)
+    a, b = (x.double() for x in as_pair(a, b))
     _at_least_two(a, b)
     if subsets < 1 or subset_size < 2:
         raise ValueError(

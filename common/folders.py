@@ -25,7 +25,7 @@ SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid":
 SIDE = re.compile("(?:({0})[-_ /]?)?([ab])|([ab])/({0})".format("|".join(SPLITS)))  # trainA, A/test
 SYSTEM = "__MACOSX/@eaDir/#recycle/$RECYCLE.BIN/System Volume Information/lost+found".split("/")
 # what Pillow knows by the first bytes and decodes by itself (EPS would start another program)
-FORMATS = "PNG JPEG JPEG2000 MPO GIF WEBP AVIF BMP DIB TIFF PPM QOI".split()
+FORMATS = "PNG JPEG JPEG2000 GIF WEBP AVIF BMP DIB TIFF PPM QOI".split()
 MOST_PIXELS = 2**28  # of one file, 1 GB once decoded; the largest cameras have 2e8
 MOST_NAMES = 10  # broken files named before only their number is given
 VERSION = 1  # of the decoding; raise it with every change that alters a pixel
@@ -85,7 +85,7 @@ def pairs(root, size, cache_dir):
 
 
 def domains(root, size, cache_dir):
-    """[(A, B)] of training and held-out split, uint8 [M, C, size, size]; [] where there are none."""
+    """[(A, B)] of training and held-out split, uint8 [M, C, size, size]; [] where none are."""
 
     def pixels(folder):
         paths, others = _listing(folder)
@@ -124,7 +124,7 @@ def _splits(root):
     if known and 0 not in known:
         held_out = known[min(known)]
         raise ValueError(f"{root} holds {held_out.name} and no train; to use it, pass {held_out}")
-    if len(known) < 2 and len(inside) > 1:  # a class may be called train
+    if not known or len(known) == 1 < len(inside):  # a class may be called train
         return []
     if unused := [d.name for d in inside if d not in known.values()]:
         terminal.warn(f"{root}: not used beside its splits: {', '.join(unused)}")
@@ -146,12 +146,12 @@ def _sides(root):
 
 def _check_classes(folder, names):
     """ValueError where folders look like splits, so that no test picture passes for a class's."""
-    like = {}  # name: whether it looks like a held-out split
+    like, sided = {}, False  # name: whether it looks like a held-out split
     for name in names:
-        for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name):  # seg_train, val2017, TestImages
-            if word.lower() in SPLITS:
-                like[name] = SPLITS[word.lower()] > 0
-    sided = [name for name in names if (m := SIDE.fullmatch(name.lower())) and m[1]]
+        words = {w.lower() for w in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}  # val2017, TestImages
+        if (m := SIDE.fullmatch(name.lower())) and m[1]:
+            words, sided = {m[1]}, True
+        like |= {name: SPLITS[word] > 0 for word in words & SPLITS.keys()}
     if sided or len(set(like.values())) == 2:
         found = sorted(like, key=like.get)  # training first, for the advice
         raise ValueError(
@@ -167,8 +167,7 @@ def _listing(folder):
     def unreadable(e):
         raise e
 
-    Image.init()
-    endings = {ending for ending, f in Image.registered_extensions().items() if f in FORMATS}
+    endings = {ending for ending, f in Image.registered_extensions().items() if f in _formats()}
     paths, others, seen = [], collections.Counter(), set()
     for here, dirs, names in os.walk(folder, onerror=unreadable, followlinks=True):
         here, real = Path(here), os.path.realpath(here)
@@ -243,27 +242,26 @@ def _decoded(where, items, others, size, cache_dir, fit):
 
 
 def _decode(where, items, size, fit):
-    """[uint8 [len(items), size, size, 3]], and {index: (path, reason)} of those that are no images."""
+    """[uint8 [len(items), size, size, 3]], and {index: (path, reason)} of the broken ones."""
     from PIL import Image, UnidentifiedImageError
 
     parts = 2 if fit == "halves" else len(items[0])
     pixels = [torch.empty(len(items), size, size, 3, dtype=torch.uint8) for _ in range(parts)]
-    failed = {}
+    filled, failed = [0] * len(items), {}
 
     def decode(some):
-        for i in some:
-            contents = [(p, p.read_bytes()) for p in items[i]]  # what cannot be read at all raises
+        for i, path in [(i, path) for i in some for path in items[i]]:
+            content = path.read_bytes()  # one that cannot be read at all raises
             try:
-                fitted = [f for path, c in contents for f in _fitted(opened(c, 6 * size), size, fit)]
+                for picture in _fitted(opened(content, 6 * size), size, fit):
+                    pixels[filled[i]].numpy()[i] = np.asarray(picture)
+                    filled[i] += 1
             except UnidentifiedImageError:
                 failed[i] = str(path), "no image of a known format"
             except Exception as e:  # Pillow's readers raise anything at a broken file
                 if isinstance(e, MemoryError) or "out of memory" in str(e):
                     raise  # says nothing about the file
                 failed[i] = str(path), files.first_line(e)
-            else:
-                for part, picture in zip(pixels, fitted, strict=True):
-                    part[i] = torch.from_numpy(np.array(picture))
         return len(some)
 
     # threads, since Pillow decodes and resizes without the interpreter's lock
@@ -285,6 +283,13 @@ def _decode(where, items, size, fit):
     return pixels, failed
 
 
+def _formats():
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
+
+
 def opened(content, enough=0):
     """A file's bytes -> Pillow image, RGB: its first frame, upright, on white where it is clear.
 
@@ -292,7 +297,7 @@ def opened(content, enough=0):
     """
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}")
         if enough:
@@ -314,10 +319,11 @@ def _fitted(image, size, fit):
         return [square(image, size)]
     width, height = image.size
     if fit == "whole":
-        return [_resize(image, size, (0, 0, width, height))]
+        return [_resized(image, size)]
     if width % 2:
         raise ValueError(f"{width} x {height} pixels cannot be halved")
-    return [_resize(image, size, (x, 0, x + width // 2, height)) for x in (0, width // 2)]
+    halves = [(x, 0, x + width // 2, height) for x in (0, width // 2)]
+    return [_resized(image.crop(half), size) for half in halves]
 
 
 def square(image, size):
@@ -334,10 +340,10 @@ def square(image, size):
         image = ImageOps.expand(image, 2, colour)
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
-    return _resize(image, size, (left, top, left + side, top + side))
+    return _resized(image.crop((left, top, left + side, top + side)), size)
 
 
-def _resize(image, size, box):
+def _resized(image, size):  # Pillow's own box would let what lies beyond it bleed in
     from PIL import Image
 
-    return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -102,15 +102,16 @@ def sheet(pictures, columns, gap=8):
     """PIL image of PIL images side by side in rows of that many columns, on white."""
     from PIL import Image
 
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    width = max(sum(p.width for p in row) + gap * (len(row) - 1) for row in rows)
-    heights = [max(p.height for p in row) for row in rows]
-    whole = Image.new("RGB", (width, sum(heights) + gap * (len(rows) - 1)), "white")
-    for i, row in enumerate(rows):
-        x, y = 0, sum(heights[:i]) + gap * i
-        for p in row:
-            whole.paste(p, (x, y))
-            x += p.width + gap
+    at, x, y, below = [], 0, 0, 0
+    for i, p in enumerate(pictures):
+        if i and i % columns == 0:
+            x, y, below = 0, y + below + gap, 0
+        at.append((x, y))
+        x, below = x + p.width + gap, max(below, p.height)
+    width = max(x + p.width for (x, _), p in zip(at, pictures))
+    whole = Image.new("RGB", (width, y + below), "white")
+    for p, corner in zip(pictures, at):
+        whole.paste(p, corner)
     return whole
 
 
@@ -131,10 +132,9 @@ def beside(text, picture):
     """The picture with a short text at its left."""
     from PIL import Image, ImageDraw
 
-    image = Image.new("RGB", (picture.width + 64, picture.height), "white")
-    image.paste(picture, (64, 0))
-    ImageDraw.Draw(image).text((56, picture.height // 2), text, "black", font(14), anchor="rm")
-    return image
+    label = Image.new("RGB", (64, picture.height), "white")
+    ImageDraw.Draw(label).text((56, picture.height // 2), text, "black", font(14), anchor="rm")
+    return sheet([label, picture], 2, gap=0)
 
 
 # ---- charts ----------------------------------------------------------------------------------

@@ -64,11 +64,12 @@ class _Points:
 
 
 def _blocks(a, b, block, what):
-    """Yield rows (a slice of a), scaled squared distances [rows, m] to b, a bound [rows, 1] on their error.
+    """Yield rows (a slice of a), their squared distances [rows, m] to b, scaled, a bound [rows, 1]
 
-    Factors a' and b', rounded to bf16 or finer, are off by ra = |a - a'| and rb at most, so a'.b' is
-    off by ra |b| + |a'| rb, |a'| <= |a| + ra. Summing d products in float32, in any order, adds at most
-    d u |a| |b|, u = 2^-24, and all other roundings less than 20 u (|a| + |b|)^2.
+    on the error of these. Factors a' and b', rounded to bf16 or finer, are off by ra = |a - a'| and
+    rb at most, so a'.b' by ra |b| + |a'| rb, where |a'| <= |a| + ra. Summing d products in float32,
+    in any order, adds at most d u |a| |b|, u = 2^-24, all other roundings less than
+    20 u (|a| + |b|)^2.
     """
     norm, rounding = b.norm.max(), b.rounding.max()
     error = 2 * (a.rounding * (norm + rounding) + a.norm * rounding)

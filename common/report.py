@@ -76,14 +76,6 @@ def labels(folders, saved):
     return [f"{x} ({n})" if found.count(x) > 1 else x for x, n in zip(found, names)]
 
 
-def short(value):
-    """A cell of a table: whole numbers as they are, others to four digits, nothing for nothing."""
-    try:
-        return value if value is None or value.lstrip("-").isdecimal() else f"{float(value):.4g}"
-    except ValueError:
-        return value
-
-
 def tables(scores):
     """Tables of the final rows, as lists of rows: one for each network behind the scores."""
     found = []
@@ -92,9 +84,9 @@ def tables(scores):
         head = ["run", "steps", "seconds", "n", "features"]
         rows = [head + [pictures.fid_label(features, name) for name in names]]
         for label, (*_, last) in some.items():
-            row = [last["step"], f"{float(last['seconds']):.0f}", last.get("n"), features]
-            row += [short(last.get(name)) for name in names]
-            rows.append([label] + [cell or "" for cell in row])
+            values = [pictures.numbers([last], name)[1] for name in names]
+            row = [label, last["step"], f"{float(last['seconds']):.0f}", last["n"], features]
+            rows.append(row + ["".join(f"{v:.4g}" for v in value) for value in values])
         found.append(rows)
     if missing := [label for label, rows in scores.items() if not rows]:
         found.append([["run", "scores"]] + [[label, "not scored yet"] for label in missing])
@@ -103,36 +95,35 @@ def tables(scores):
 
 def markdown(rows):
     """A table as text, with | inside a cell kept apart from those between cells."""
-    head, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    lines.insert(1, " | ".join(["---"] * len(rows[0])))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 # ---- the page --------------------------------------------------------------------------------
 
 
 def html_table(rows):
-    text = [[html.escape(str(cell)) for cell in row] for row in rows]
-    kinds = ["th"] + ["td"] * (len(text) - 1)
-    body = ["".join(f"<{k}>{cell}</{k}>" for cell in row) for k, row in zip(kinds, text)]
-    return "<table>" + "\n".join(f"<tr>{row}</tr>" for row in body) + "</table>"
+    text = [["<td>" + html.escape(str(cell)) for cell in row] for row in rows]
+    text[0] = [cell.replace("<td>", "<th>", 1) for cell in text[0]]
+    return "<table>" + "".join("\n<tr>" + "".join(row) for row in text) + "</table>"
 
 
 def html_set(name, runs, strip):
     """Grids of one set with a slider; runs: {label: [(step, path beside the page), ...]}."""
     steps = sorted({t for some in runs.values() for t, _ in some})
-    body = f"""<section><h2>{html.escape(name)}</h2>
-<p hidden><input type="range" max="{len(steps) - 1}" value="{len(steps) - 1}"
- data-steps="{steps}" aria-label="step"> <output></output></p>
-<div class="row">"""
-    for label, some in runs.items():
-        some = [(t, quote(Path(path).as_posix())) for t, path in some]
-        grids, label = html.escape(json.dumps(some)), html.escape(label)
+    shown = [(label, [(t, quote(p.as_posix())) for t, p in some]) for label, some in runs.items()]
+    if strip:
+        shown.append(("over training", [(0, quote(pictures.strip_name(name)))]))
+    body = ""
+    for label, some in shown:
+        label, grids = html.escape(label), html.escape(json.dumps(some))
         body += f"""<figure><figcaption>{label}</figcaption>
 <img src="{some[-1][1]}" alt="{html.escape(name)}, {label}" data-grids="{grids}"></figure>\n"""
-    if strip:
-        body += f"""<figure><figcaption>over training</figcaption>
-<img src="{quote(pictures.strip_name(name))}" alt="{html.escape(name)} over training"></figure>"""
-    return body + "</div></section>"
+    return f"""<section><h2>{html.escape(name)}</h2>
+<p hidden><input type="range" max="{len(steps) - 1}" value="{len(steps) - 1}"
+ data-steps="{steps}" aria-label="step"> <output></output></p>
+<div class="row">{body}</div></section>"""
 
 
 def write_page(out, title, sets, scores, arguments):
@@ -148,7 +139,7 @@ def write_page(out, title, sets, scores, arguments):
 
 def report(folder):
     """Renew the pictures of one run and write its index.html."""
-    saved, label = cli.read_args(folder), Path(folder).resolve().name
+    saved, label = cli.read_args(folder), folder.resolve().name
     pictures.of_run(folder)
     sets = {
         name: {label: [(t, path.relative_to(folder)) for t, path in steps]}

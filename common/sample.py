@@ -90,7 +90,7 @@ def translate(a, nets, args, script, out):
         except ValueError as e:
             terminal.warn(str(e))
             continue
-        x, (top, left, height, width) = extended(x, multiple)
+        x, (top, left, height, width) = extended(x, multiple, args.image_size)
         torch.manual_seed(a.seed)  # so that a picture's draws are its own, whatever lies beside it
         ys = [script.sample(nets, args, x, **options).cpu() for _ in range(a.draws)]
         ys = torch.cat(ys)[:, :, top : top + height, left : left + width]
@@ -124,10 +124,14 @@ def listing(path):
     return path, [n for n in names if not any(part.startswith(".") for part in n.parts)]
 
 
-def extended(x, multiple):
-    """x reflected at its rims to the next multiple, and (top, left, height, width) of x in it."""
+def extended(x, multiple, least):
+    """x reflected at its rims to the next multiple, and (top, left, height, width) of x in it.
+
+    least: height and width at least, those of training, below which networks can fail.
+    """
     height, width = x.shape[2:]
-    more = [-length % multiple for length in (height, width)]
+    wanted = [-(-max(length, least) // multiple) * multiple for length in (height, width)]
+    more = [w - length for w, length in zip(wanted, (height, width))]
     rims = [(m // 2, m - m // 2) for m in more]
     x = torch.from_numpy(np.pad(x.numpy(), [(0, 0), (0, 0), *rims], "reflect"))
     return x, (rims[0][0], rims[1][0], height, width)

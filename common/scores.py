@@ -2,13 +2,14 @@
 
     score = of_generator(generate, images, args)     # image GANs; score() -> dict, a row
     distances(fake, real, "auto")                    # image to image: {"fid", "kid"} of two sets
-    psnr(a, b), ssim(a, b), diversity(images)        # of pixels
+    psnr(a, b), ssim(a, b), diversity(images)        # of pixels; inception_score of logits
 
 Both sides are quantised to uint8 before features are taken, so a number does not change when
 samples are saved as PNG. The Frechet distance compares with the whole training split; precision,
 recall, density and coverage with as many real images as generated ones, drawn with a fixed seed.
 """
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from common import data, features, fid, files, terminal
 from common.precision_recall import precision_recall
 
 CHUNK = 500  # images generated and scored at a time
-READ = 5120  # real images whose features are held at a time, a multiple of extract's batches
+READ = 20480  # real images whose features are held at a time, a multiple of extract's batches
 LEAST = 6  # points that precision_recall needs
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM's scales, the finest first
 
@@ -52,7 +53,8 @@ def reference(images, feature_name, n, cache_dir="data/cache", device="cpu"):
         value = {"m": m, "mu": moments.mean, "sigma": moments.cov, "real": real}
         return value | ({"all": found} if m <= found.shape[1] else {})
 
-    key = {"content": images.fingerprint, "features": name, "weights": features.version(name), "n": len(rows)}
+    key = {"content": images.fingerprint, "features": name, "weights": features.version(name)}
+    key["n"] = len(rows)
     return files.cached(cache_dir, "statistics", key, make, version=2) | {"features": name}
 
 
@@ -74,15 +76,17 @@ def warn_few(n, m, d):
 # ---- rows ------------------------------------------------------------------------------------
 
 
+def frechet(fake, reference):
+    """Frechet distance of features fake [n, d] to what `reference` returned."""
+    warn_few(len(fake), reference["m"] or len(fake), fake.shape[1])
+    if "all" in reference:
+        return fid.frechet_from_features(fake, reference["all"])
+    return fid.frechet_to_moments(fake, reference["mu"], reference["sigma"])
+
+
 def of_features(fake, reference):
     """The row of features fake [n, d] against what `reference` returned."""
-    n, d = fake.shape
-    warn_few(n, reference["m"], d)
-    if "all" in reference:
-        distance = fid.frechet_from_features(fake, reference["all"])
-    else:
-        distance = fid.frechet_to_moments(fake, reference["mu"], reference["sigma"])
-    row = {"n": n, "features": reference["features"], "fid": distance}
+    row = {"n": len(fake), "features": reference["features"], "fid": frechet(fake, reference)}
     row |= precision_recall(reference["real"], fake)
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
@@ -94,19 +98,19 @@ def of_generator(generate, images, args):
     of a fixed seed; images: data.Images; args: features, eval_samples, seed, cache_dir, dataset.
     ValueError, before anything is computed, where there are too few images or no features for them.
     """
-    name, m = features.resolve(args.features, images.channels), len(images.images)
-    for what, n in ((f"{args.dataset} has {m} images", m), (f"eval_samples is {args.eval_samples}", args.eval_samples)):
-        if n < LEAST:
+    name, m, n = features.resolve(args.features, images.channels), len(images), args.eval_samples
+    features.version(name)  # weights that cannot be had are no surprise after the training
+    for what, number in ((f"{args.dataset} has {m} images", m), (f"eval_samples is {n}", n)):
+        if number < LEAST:
             raise ValueError(f"{what}; scores need at least {LEAST}")
-    _, channels, height, _ = images.images.shape
-    measured_on = dict(
-        dataset=args.dataset, split="train", real_images=m, image_size=height, channels=channels, sampled_in="fp32"
-    )
+    _, channels, size, _ = images.images.shape
+    measured_on = dict(dataset=args.dataset, split="train", real_images=m, sampled_in="fp32")
+    measured_on |= dict(image_size=size, channels=channels)
     kept = []  # statistics of the real side, made or read at the first evaluation
 
     def score():
         rng = torch.Generator().manual_seed(args.seed + 1)  # not the latents of the grid
-        n, found = args.eval_samples, []
+        found = []
         for first in range(0, n, CHUNK):
             fake = data.to_uint8(generate(min(CHUNK, n - first), rng))
             found.append(features.extract(fake, name, fake.device))
@@ -128,23 +132,25 @@ def distances(fake, real, feature_name="auto", device="cpu"):
     return {"fid": fid.frechet_from_features(fake, real), "kid": fid.kid(fake, real)[0]}
 
 
-def fid_label(feature_name):
-    """FID is that of Inception features alone; any other network is named beside it."""
-    return "FID" if feature_name == "inception" else f"FID ({feature_name})"
+def inception_score(logits, splits=10):
+    """Salimans et al. 2016, arXiv:1606.03498: (mean, std) over splits of exp E KL(p(y|x) || p(y)).
 
-
-def lines(row):
-    """One line of text for a row of metrics, values as numbers or strings."""
-    parts = [f"{fid_label(row['features'])} {float(row['fid']):.2f}"]
-    parts += [f"{k} {float(row[k]):.3f}" for k in ("precision", "recall", "density", "coverage")]
-    return ", ".join(parts) + f"  ({row['n']} samples)"
+    logits [n, classes], n at least splits; shuffled with a fixed seed, std of the population.
+    """
+    logits = logits[drawn_rows(len(logits), len(logits))].double()
+    values = []
+    for x in logits.log_softmax(1).tensor_split(splits):
+        marginal = x.logsumexp(0) - math.log(len(x))
+        values.append((x.exp() * (x - marginal)).nan_to_num(0).sum(1).mean().exp())  # 0 log 0 = 0
+    values = torch.stack(values)
+    return values.mean().item(), values.std(correction=0).item()
 
 
 # ---- pixels ----------------------------------------------------------------------------------
 
 
 def psnr(a, b):
-    """10 log10(2^2 / MSE) in dB, averaged over images a, b [N, C, H, W] in [-1, 1]; inf if equal."""
+    """10 log10(2^2 / MSE) in dB, averaged over images a, b [N, C, H, W] in [-1, 1]."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error)).mean().item()
 
@@ -175,34 +181,47 @@ def _similarity(a, b):
     return luminance, (2 * cov + 0.03**2) / (var_a + var_b + 0.03**2)
 
 
-def ms_ssim(a, b):
-    """Multi-scale SSIM [N] of a, b [N, C, H, W] in [0, 1], and the number of its scales.
+def scales_of(size):
+    """How many of MS-SSIM's 5 scales its window of 11 pixels allows: 2 at 32 px, 3 at 64."""
+    if size < 11:
+        raise ValueError(f"SSIM needs images of 11 pixels, got {size}")
+    return min(5, (size // 11).bit_length())
 
-    Wang et al. 2003, on as many of its 5 scales as an 11-pixel window allows, 2 at 32 px, 3 at 64;
-    their weights are divided by their sum. Negative structure counts as 0.
+
+def ms_ssim(a, b):
+    """Multi-scale SSIM [N] of a, b [N, C, H, W] in [0, 1].
+
+    Wang et al. 2003; the weights of the scales that there are, are divided by their sum. Negative
+    structure counts as 0.
     """
-    scales = min(5, (min(a.shape[2:]) // 11).bit_length())
+    scales = scales_of(min(a.shape[2:]))
     value = 1.0
     for i, weight in enumerate(WEIGHTS[:scales]):
         luminance, contrast = _similarity(a, b)
         term = (luminance * contrast if i == scales - 1 else contrast).mean((1, 2, 3)).clamp(min=0)
         value = value * term ** (weight / sum(WEIGHTS[:scales]))
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return value, scales
+    return value
 
 
 def diversity(images, pairs=1000):
-    """1 - mean MS-SSIM over random pairs of uint8 images [N, C, H, W], N >= 2, and the scales.
+    """1 - mean MS-SSIM of random pairs of uint8 images [N, C, H, W], N >= 2.
 
     Rosca et al. 2018, arXiv:1802.06847: 0 where all images are one. Read beside that of real
     images: lower is a collapse, higher not like the data.
     """
-    rng = torch.Generator().manual_seed(0)
+    rng, found = torch.Generator().manual_seed(0), []
     i = torch.randint(len(images), (pairs,), generator=rng)
     j = (i + torch.randint(1, len(images), (pairs,), generator=rng)) % len(images)  # never itself
-    found, scales = [], 0
-    for first in range(0, pairs, 100):
-        a, b = (images[rows[first : first + 100]].double() / 255 for rows in (i, j))
-        values, scales = ms_ssim(a, b)
-        found.append(values)
-    return 1 - torch.cat(found).mean().item(), scales
+    for i, j in zip(i.split(100), j.split(100)):
+        found.append(ms_ssim(*(images[rows].double() / 255 for rows in (i, j))))
+    return 1 - torch.cat(found).mean().item()
+
+
+def pixel_variance(images):
+    """Mean over pixels of the variance over uint8 images [N, C, H, W], on the scale of [-1, 1]."""
+    total = squares = 0.0
+    for part in images.split(CHUNK):
+        x = data.to_float(part).double()
+        total, squares = total + x.sum(0), squares + x.square().sum(0)
+    return (squares / len(images) - (total / len(images)).square()).mean().item()

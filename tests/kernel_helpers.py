@@ -1,10 +1,9 @@
-"""What the tests of the kernels share: errors, forbidden syncs, graphs, indices past 2**31."""
+"""What the tests of the kernels share: errors, launches, graphs, indices past 2**31."""
 import contextlib
 import importlib
 import mmap
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -37,43 +36,6 @@ def views(x):
     yield x.new_empty(w, h, c, n).normal_().permute(3, 2, 1, 0)
     yield x.new_empty(n, c, h + 1, w).normal_()[:, :, 1:]
     yield x.new_empty(n, 1, h, w).normal_().expand(n, c, h, w)
-
-
-# ---- syncs -----------------------------------------------------------------------------------
-
-
-class _Functions(TorchFunctionMode):
-    BAD = set("item tolist __bool__ __int__ __float__ __index__ cpu numpy __array__".split())
-
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        if getattr(f, "__name__", "") in self.BAD:
-            raise RuntimeError(f"sync: {f.__name__}")
-        return f(*args, **(kwargs or {}))
-
-
-class _Operators(TorchDispatchMode):
-    BAD = set("_local_scalar_dense nonzero masked_select _unique2 equal is_nonzero bincount".split())
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        name = f.overloadpacket.__name__
-        mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if mask or name in self.BAD:
-            raise RuntimeError(f"sync: {name}")
-        return f(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def no_sync():
-    """Raises where the host would wait for the device. Sees calls of operators, not their insides;
-    those run on tensors without memory in test_kernels_compile.py, where a sync is impossible."""
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        with _Functions(), _Operators():
-            yield
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- launches --------------------------------------------------------------------------------

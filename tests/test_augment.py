@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kernels import augment
-from tests.kernel_helpers import HALVES, captured, guarded, launches, no_sync, programs_from, vast, views
+from tests.kernel_helpers import HALVES, captured, guarded, launches, programs_from, vast, views
+from tests.sync import no_sync
 
 pytest.importorskip("triton")
 A = import_module("kernels.augment")

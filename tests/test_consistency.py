@@ -7,7 +7,10 @@ import torch
 
 import kernels
 from kernels import consistency, icr_d_loss
-from tests.kernel_helpers import HALVES, captured, error, guarded, launches, no_sync, no_worse, programs_from, vast, views
+from tests.kernel_helpers import (
+    HALVES, captured, error, guarded, launches, no_worse, programs_from, vast, views,
+)  # fmt: skip
+from tests.sync import no_sync
 
 pytest.importorskip("triton")
 C = import_module("kernels.consistency")

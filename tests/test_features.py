@@ -1,12 +1,12 @@
 """The feature networks: accuracy of the stored weights, what is refused, one image one feature."""
-import hashlib
-import random
+import socket
+import urllib.request
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import data, features, synthetic
+from common import data, features, files, synthetic
 from common.weights import train_cifarnet, train_lenet
 
 BOTH = [("lenet", 1), ("cifarnet", 3)]
@@ -17,8 +17,10 @@ def noise(*shape, seed=0):
     return torch.randint(256, shape, generator=draw, dtype=torch.uint8)
 
 
-def right(images, labels, **kwargs):
-    return (features.classify(images, **kwargs).argmax(1) == labels).double().mean().item()
+def right(images, labels):
+    name = features.resolve("auto", images.shape[1])
+    found = features.logits(features.extract(images), name)
+    return (found.argmax(1) == labels).double().mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -59,34 +61,43 @@ def test_stored_weights_are_small(name, most):
     assert (features.WEIGHTS / f"{name}.pt").stat().st_size < most
 
 
-@pytest.mark.parametrize("name, channels", BOTH)
-def test_weights_with_one_byte_changed_are_refused(name, channels, tmp_path, monkeypatch):
-    content = bytearray((features.WEIGHTS / f"{name}.pt").read_bytes())
-    content[random.Random(0).randrange(len(content))] ^= 1
-    (tmp_path / f"{name}.pt").write_bytes(content)
-    monkeypatch.setattr(features, "WEIGHTS", tmp_path)
-    features._network.cache_clear()
-    with pytest.raises(ValueError, match=f"{name}.pt.*sha256"):
-        features.extract(noise(1, channels, 32, 32))
+def test_missing_and_foreign_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(features.FILES, "lenet", tmp_path / "lenet.pt")
+    with pytest.raises(OSError, match="lenet.pt.*cannot be read"):
+        features.version("lenet")
+    files.save_tensors(tmp_path / "lenet.pt", {"conv": torch.zeros(3)})
+    with pytest.raises(ValueError, match="lenet.pt does not hold the weights of lenet"):
+        features.extract(noise(1, 1, 32, 32))
 
 
-def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(OSError, match="nowhere.pt"):
-        features.load("lenet", tmp_path / "nowhere.pt")
+def test_other_weights_have_another_version(tmp_path, monkeypatch):
+    before = features.version("lenet")
+    assert features.version("cifarnet") != before
+    monkeypatch.setitem(features.FILES, "lenet", tmp_path / "lenet.pt")
+    content = (features.WEIGHTS / "lenet.pt").read_bytes()
+    (tmp_path / "lenet.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert features.version("lenet") != before
 
 
-def test_a_changed_network_has_another_version():
-    for name, _ in BOTH:
-        content = (features.WEIGHTS / f"{name}.pt").read_bytes()
-        assert hashlib.sha256(content).hexdigest()[:16] in features.version(name)
-    assert features.version("lenet") != features.version("cifarnet")
+def test_weights_that_cannot_be_downloaded_are_one_line_that_says_where_they_belong(
+    tmp_path, monkeypatch
+):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    with pytest.raises(OSError) as e:
+        features.version("inception")
+    for part in ("pt_inception-2015-12-05-6726825d.pth", str(tmp_path), "--weights", "not known"):
+        assert part in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 # ---- names and images that are taken ----
 
 
 def test_auto_goes_by_the_channels():
-    assert features.NAMES == ("auto", "lenet", "cifarnet")
     for name, channels in BOTH:
         assert features.resolve("auto", channels) == features.resolve(name, channels) == name
 
@@ -126,7 +137,7 @@ def test_features_are_rows_of_float32_on_the_cpu(name, channels):
         assert found.shape == (n, 128) and found.dtype == torch.float32
         assert found.device.type == "cpu" and not found.requires_grad
         assert found.isfinite().all()
-    assert features.classify(noise(5, channels, 32, 32)).shape == (5, 10)
+    assert features.logits(found, name).shape == (5, 10)
 
 
 @pytest.mark.parametrize("name, channels", BOTH)
@@ -153,17 +164,18 @@ def test_features_are_fp32_whatever_the_process_has_chosen():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_cudnn_is_exact_meanwhile_and_as_before_afterwards():
+def test_cudnn_is_exact_meanwhile_and_as_before_afterwards(monkeypatch):
     def settings():
         cudnn = torch.backends.cudnn
         return cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
 
-    def look(x):
+    def look(self, x):
         seen.append(settings())
-        return x.flatten(1)
+        return x.new_zeros(len(x), 128)
 
     seen, before = [], settings()
-    features._apply(features.load("lenet"), look, noise(1, 1, 32, 32), 32 * 32, 1)
+    monkeypatch.setattr(features.Lenet, "features", look)
+    features.extract(noise(1, 1, 32, 32))
     assert seen == [(True, True, False, "ieee")]
     assert settings() == before
 
@@ -201,15 +213,117 @@ def test_enlarged_digits_keep_their_class(digits):
 
 def test_resized_pixels_stay_in_the_range_of_the_others():
     stripes = (noise(3, 3, 20, 20) > 127).to(torch.uint8) * 255
-    x = features._floats(stripes, "cpu")
+    x = features._floats(stripes, features.Cifarnet)
     assert x.shape == (3, 3, 32, 32) and x.min() == -1 and x.max() == 1
 
 
 def test_resizing_in_parts_changes_nothing(monkeypatch):
     images = noise(5, 3, 64, 64)
-    whole = features._floats(images, "cpu")
+    whole = features._floats(images, features.Cifarnet)
     monkeypatch.setattr(features, "MOST", 2 * images[0].numel())
-    assert torch.equal(features._floats(images, "cpu"), whole)
+    assert torch.equal(features._floats(images, features.Cifarnet), whole)
+
+
+# ---- inception and vgg16 ----
+
+SIZES = 32, 299, 340
+# For each size, of two images: the sum of all features, of their squares, and of the logits'
+# absolute values, as pytorch-fid 0.3.0's InceptionV3 (and its fc without bias) gives them with
+# `made_up(Inception)` loaded; `test_pytorch_fid_agrees` computes them anew where it is installed.
+RECORDED = {
+    32: [1475.766321600514, 1669.0704577371475, 1435.6154692415148],
+    299: [1502.6390925537553, 1730.3467324903606, 1461.753480842337],
+    340: [1501.7156794840998, 1728.3785732985482, 1460.8637480530888],
+}
+
+
+def uniform(shape, seed):
+    """Numbers in [0, 1) by integer arithmetic alone, so the same with every release."""
+    n = torch.arange(torch.Size(shape).numel())
+    return (((n * n * 1103515245 + n * 12345 + seed * 7919) % 2**31) / 2**31).float().view(shape)
+
+
+def made_up(net):
+    """A state dict of net with layers that keep the scale of what goes through."""
+    state = net.state_dict()
+    for seed, (key, value) in enumerate(state.items()):
+        if key.endswith("num_batches_tracked"):
+            continue
+        u = uniform(value.shape, seed)
+        if value.dim() > 1:
+            state[key] = (u - 0.5) * (24 / value[0].numel()) ** 0.5  # variance 2 / inputs
+        else:
+            state[key] = u + 0.5 if key.endswith(("bn.weight", "var")) else (u - 0.5) / 5
+    return state
+
+
+def scenes(size):
+    """Two smooth colour images, uint8 [2, 3, size, size]."""
+    x = F.interpolate(uniform((2, 3, 5, 5), size) * 255, (size, size), mode="bicubic")
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file with the made-up weights of Inception, at the place of the real ones meanwhile."""
+    pytest.importorskip("torchvision")
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(made_up(features.Inception()), path)
+    features.FILES["inception"] = path
+    yield path
+    del features.FILES["inception"]
+
+
+def sums(found, logits):
+    found, logits = found.double(), logits.double()
+    return [found.sum().item(), found.square().sum().item(), logits.abs().sum().item()]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inception_gives_the_sums_that_pytorch_fid_gave(size, inception):
+    found = features.extract(scenes(size), "inception", batch_size=2)
+    assert found.shape == (2, 2048)
+    got = sums(found, features.logits(found, "inception"))
+    assert got == pytest.approx(RECORDED[size], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pytorch_fid_agrees(size, inception, monkeypatch):
+    peer = pytest.importorskip("pytorch_fid.inception")
+    state = torch.load(inception)
+    monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *a, **k: state)
+    net = peer.InceptionV3().eval()
+    with torch.no_grad():
+        want = net(scenes(size).float() / 255)[0].flatten(1)
+    found = features.extract(scenes(size), "inception", batch_size=2)
+    assert (found - want).norm() < 1e-5 * want.norm()
+    assert (want[0] - want[1]).norm() > 0.05 * want.norm()  # the images are told apart
+    assert sums(want, want @ state["fc.weight"].T) == pytest.approx(RECORDED[size], rel=1e-5)
+
+
+def test_inception_repeats_grey_and_knows_its_bf16_by_name(inception):
+    grey = scenes(40)[:, :1]
+    found = features.extract(grey, "inception", batch_size=2)
+    colour = features.extract(grey.expand(-1, 3, -1, -1), "inception", batch_size=2)
+    torch.testing.assert_close(colour, found, rtol=1e-4, atol=1e-4)
+    rounded = features.extract(grey, "inception-bf16", batch_size=2)
+    assert 1e-4 * found.norm() < (rounded - found).norm() < 0.05 * found.norm()
+    assert features.version("inception-bf16") == features.version("inception")
+
+
+def test_vgg16_is_torchvisions_second_hidden_layer(tmp_path, monkeypatch):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    net = models.vgg16(init_weights=False).eval()
+    torch.save(net.state_dict(), tmp_path / "vgg16.pth")
+    monkeypatch.setitem(features.FILES, "vgg16", tmp_path / "vgg16.pth")
+    images = scenes(224)
+    found = features.extract(images, "vgg16", batch_size=2)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        want = net(((images / 255) - mean) / std)
+    torch.testing.assert_close(features.logits(found, "vgg16"), want, rtol=1e-4, atol=1e-5)
+    assert found.shape == (2, 4096) and found.min() == 0
 
 
 # ---- training ----
@@ -218,17 +332,16 @@ def test_resizing_in_parts_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("name, channels", BOTH)
 def test_what_is_stored_is_what_was_trained_but_for_rounding(name, channels, tmp_path):
     torch.manual_seed(0)
-    net = features.NETWORKS[name][0]()
+    net = features.NETWORKS[name]()
     x = data.to_float(noise(16, channels, 32, 32))
     with torch.no_grad():
         for _ in range(5):  # statistics of BatchNorm that folding has to get right
             net(x)
         expected = net.eval().features(x)
-    sha256 = train_lenet.store(net, tmp_path / "net.pt")
-    stored = features.load(name, tmp_path / "net.pt", sha256)
+    train_lenet.store(net, tmp_path / "net.pt")
+    stored = features.load(name, tmp_path / "net.pt")
     assert not [m for m in stored.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     torch.testing.assert_close(stored.features(x), expected, rtol=0.02, atol=0.02)
-    assert train_lenet.store(net, tmp_path / "other.pt") == sha256
 
 
 def trained_lenet(images, labels, epochs):

@@ -7,7 +7,10 @@ from torch import nn
 
 import kernels
 from kernels import gradient_penalty, interpolate
-from tests.kernel_helpers import HALVES, captured, error, guarded, launches, no_sync, no_worse, programs_from, vast, views
+from tests.kernel_helpers import (
+    HALVES, captured, error, guarded, launches, no_worse, programs_from, vast, views,
+)  # fmt: skip
+from tests.sync import no_sync
 
 pytest.importorskip("triton")
 P = import_module("kernels.gradient_penalty")

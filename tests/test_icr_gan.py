@@ -133,7 +133,7 @@ def test_no_shift_and_no_flip_draw_no_random_number():
 def test_shift_follows_the_image_size_and_stays_below_it():
     assert [icr_gan.Args(image_size=size).shift for size in (8, 32, 64)] == [1, 1, 2]
     assert icr_gan.Args(shift=0).shift == 0
-    with pytest.raises(ValueError, match="shift"):
+    with pytest.raises(ValueError, match="shift must be below image_size, 32, got 32"):
         icr_gan.Args(shift=32)
 
 
@@ -285,3 +285,45 @@ def test_kernels_on_the_cpu_say_that_they_need_the_interpreter(monkeypatch):
 
 def test_no_dropout_in_d():
     assert not any("Dropout" in type(m).__name__ for m in icr_gan.Discriminator().modules())
+
+
+def test_the_distance_that_g_enlarges_is_taken_in_float32_under_bf16():
+    args, ops = tiny("icr_gan", precision="bf16"), Recorder("icr_gan")
+    m = icr_gan
+    m.updates(m.build(args), args, ops)[1]()
+    ((name, (a, b, _)),) = ops.calls
+    assert name == "consistency" and a.dtype == b.dtype == torch.float32
+
+
+def test_a_perfectly_fooled_discriminator_is_no_divergence(monkeypatch):
+    m, args = icr_gan, tiny("icr_gan")
+    nets = m.build(args)
+    nets["discriminator"].forward = lambda x: x.flatten(1).sum(1) * 0 + 1
+    logs = m.updates(nets, args)[1]()
+    assert logs["loss_g"] < 0 and torch.isfinite(logs["gen_ratio"])
+
+
+@pytest.mark.parametrize("share, seen", [(1.0, 8), (0.5, 4), (0.25, 2), (0.01, 1)])
+def test_terms_see_a_share_of_the_images_and_are_means_over_these(share, seen):
+    args, ops = tiny("icr_gan", consistency_share=share, lambda_gen=0.0), Recorder("icr_gan")
+    nets, inputs, latents = icr_gan.build(args), [], []
+    nets["discriminator"].register_forward_hook(lambda net, x, y: inputs.append(len(x[0])))
+    nets["generator"].register_forward_hook(lambda net, z, y: latents.append(len(z[0])))
+    real = torch.rand(8, 1, 32, 32) * 2 - 1
+    logs = icr_gan.updates(nets, args, ops)[0](real)
+    assert inputs == [16 + 3 * seen] and latents == [8, 8]
+    assert [len(a[0]) for name, a in ops.calls if name == "augment"] == [seen, seen]
+    ((d_out, *weights),) = [a for name, a in ops.calls if name == "icr_d_loss"]
+    assert d_out.shape == (5, 8) and weights == [10 * 8 / seen, 10 * 8 / seen, 5 * 8 / seen]
+    for row, (key, base) in zip(d_out[2:], (("real", 0), ("fake", 1), ("dis", 1))):
+        assert torch.equal(row[seen:], d_out[base, seen:]) and not torch.equal(row, d_out[base])
+        wanted = (row - d_out[base])[:seen].square().mean()
+        assert logs[key].item() == pytest.approx(wanted.item(), rel=1e-5)
+    total = logs["lsgan"] + 10 * logs["real"] + 10 * logs["fake"] + 5 * logs["dis"]
+    assert logs["loss_d"].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_is_above_zero_and_at_most_one(share):
+    with pytest.raises(ValueError, match="consistency_share"):
+        icr_gan.Args(consistency_share=share)

@@ -1,4 +1,4 @@
-"""common/pictures.py: grids whose pixels are where they belong, and what is drawn of a run folder."""
+"""common/pictures.py: pixels of grids are where they belong; what is drawn of a run."""
 import numpy as np
 import pytest
 import torch
@@ -63,7 +63,8 @@ def test_rows_of_what_a_script_draws():
 def test_the_first_row_of_a_grid_is_found_also_among_plain_images(shape, height, shade):
     sheet = pictures.to_sheet(torch.full(shape, shade))
     row = pictures.first_row(sheet)
-    assert row.size == (sheet.width, height) and row.tobytes() == sheet.crop((0, 0, *row.size)).tobytes()
+    assert row.size == (sheet.width, height)
+    assert row.tobytes() == sheet.crop((0, 0, *row.size)).tobytes()
 
 
 # ---- charts
@@ -130,10 +131,11 @@ def folder(tmp_path):
             sheet.save(tmp_path / name / f"{step:06d}.png")
     (tmp_path / "samples" / "notes.png").write_bytes(b"")
     values = [{"step": t, "seconds": t, "images": t} for t in (1, 2)]
-    logs = [v | {"loss_d": 1, "loss_x": 2, "wug_a": 3, "wug_b": v["step"], "fep": 5} for v in values]
-    write_table(tmp_path / "log.csv", logs)
+    logs = {"loss_d": 1, "loss_x": 2, "wug_a": 3, "fep": 5}
+    write_table(tmp_path / "log.csv", [v | logs | {"wug_b": v["step"]} for v in values])
     four = dict.fromkeys(pictures.SHARES, 0.5)
-    scores = {"n": 64, "features": "lenet", "fid": 2.5} | four | {"wug": 7, "kid_a": 1, "on": "test"}
+    scores = {"n": 64, "features": "lenet", "fid": 2.5} | four
+    scores |= {"wug": 7, "kid_a": 1, "on": "test"}
     write_table(tmp_path / "metrics.csv", [v | scores for v in values])
     return tmp_path
 
@@ -173,6 +175,13 @@ def test_every_column_of_numbers_gets_a_line_whatever_its_name(folder, drawn):
     assert Image.open(folder / "curves.png").width == 3 * 480 + 16
 
 
+def test_steps_are_in_order_beyond_a_million(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step in (5, 1000000, 999500):
+        Image.new("L", (9, 9)).save(tmp_path / "samples" / f"{step:06d}.png")
+    assert [t for t, _ in pictures.grids(tmp_path)["samples"]] == [5, 999500, 1000000]
+
+
 def test_a_run_that_has_nothing_yet_is_no_error(tmp_path):
     pictures.of_run(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -190,6 +199,7 @@ def test_the_summary_tells_scores_with_their_n_and_features(folder):
 
 
 def test_what_is_no_finite_number_is_left_out():
-    rows = [{"step": "1", "a": "nan"}, {"step": "2", "a": "3"}, {"step": "3", "a": ""}, {"step": "4"}]
+    rows = [{"step": "1", "a": "nan"}, {"step": "2", "a": "3"}, {"step": "3", "a": ""}]
+    rows.append({"step": "4"})
     assert pictures.numbers(rows, "a") == ([2], [3.0])
     assert pictures.columns([rows, [{"step": "1", "b": "x", "c": "1"}]]) == ["a", "c"]

@@ -4,15 +4,15 @@ import shlex
 
 import pytest
 
-from common import evaluate, report, run, sample
-from tests.benchmarks import yardstick
-from tests.helpers import ROOT, SCRIPTS, TINY, flags, script
+from common import cli, evaluate, report, run, sample
+from tests.benchmarks import gpu, study, yardstick
+from tests.helpers import CACHE, ROOT, TINY, flags, script
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
 LINES = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 COMMANDS = [shlex.split(line) for line in LINES if line.startswith("python ")]
-MODULES = {"common.sample": sample._command, "common.report": report._command, "common.evaluate": evaluate._command}
+MODULES = {"common.sample": sample.main, "common.report": report.main, "common.evaluate": evaluate.main}
 
 
 TORCHRUN = [shlex.split(line) for line in LINES if line.startswith("torchrun ")]
@@ -24,7 +24,7 @@ def test_commands_for_several_processes_are_parsed(words):
 
     launch = get_args_parser().parse_args(words[1:])
     name = launch.training_script.removesuffix(".py")
-    args = run.parse(script(name).Args, launch.training_script_args)
+    args = cli.parse(script(name).Args, launch.training_script_args)
     assert args.batch_size % (int(launch.nnodes.split(":")[-1]) * int(launch.nproc_per_node)) == 0
 
 
@@ -32,7 +32,7 @@ def test_commands_for_several_processes_are_parsed(words):
 def trained(tmp_path_factory):
     """A run folder of icr_gan, to stand for RUN."""
     out = str(tmp_path_factory.mktemp("runs"))
-    return script("icr_gan").main(script("icr_gan").Args(**TINY, out_dir=out, cache_dir=str(ROOT / "data" / "cache")))
+    return script("icr_gan").main(script("icr_gan").Args(**TINY, out_dir=out, cache_dir=CACHE))
 
 
 def test_the_first_commands_are_those_a_new_user_types():
@@ -49,7 +49,7 @@ def test_commands_run(words, trained, tmp_path, monkeypatch):
         if module == "tests.benchmarks.yardstick":
             assert yardstick.arguments(rest)
         elif module in MODULES:
-            small = ["--n", "64", "--cache-dir", str(ROOT / "data" / "cache")] if module == "common.evaluate" else []
+            small = ["--n", "64", "--cache-dir", CACHE] if module == "common.evaluate" else []
             MODULES[module]([*rest, *small])
         elif module == "timeit":
             exec(rest[rest.index("-s") + 1] + "\n" + rest[-1], {})
@@ -57,12 +57,12 @@ def test_commands_run(words, trained, tmp_path, monkeypatch):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists()
         return
     m = script(words[0].removesuffix(".py"))
-    args = run.parse(m.Args, words[1:])
+    args = cli.parse(m.Args, words[1:])
     if args.resume:
         assert m.main(args) == trained
     elif args.dataset == "digits":
-        tiny = flags(TINY | {"out_dir": tmp_path, "cache_dir": ROOT / "data" / "cache"})
-        assert (m.main(run.parse(m.Args, [*words[1:], *tiny])) / "generator.pt").exists()
+        tiny = flags(TINY | {"out_dir": tmp_path, "cache_dir": CACHE})
+        assert (m.main(cli.parse(m.Args, [*words[1:], *tiny])) / "generator.pt").exists()
 
 
 def test_a_generator_is_used_as_written(trained):

@@ -41,13 +41,14 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag == "img":
             self.pictures.append(unquote(attrs["src"]))
-            self.grids.append([(t, unquote(p)) for t, p in json.loads(attrs.get("data-grids", "[]"))])
+            grids = json.loads(attrs.get("data-grids", "[]"))
+            self.grids.append([(t, unquote(path)) for t, path in grids])
         if tag == "input":
             self.steps.append(json.loads(attrs["data-steps"]))
 
     def handle_data(self, text):
         if self.tags[-1] in ("td", "th") and text.strip():
-            self.cells.append(text)
+            self.cells.append(text.strip())
 
 
 def test_the_page_of_a_run_names_pictures_that_are_there(tmp_path, capsys):
@@ -76,7 +77,7 @@ def test_names_cannot_break_the_page_or_the_table(tmp_path):
 
 def test_several_runs_lie_side_by_side(tmp_path, capsys):
     a = made(tmp_path / "a")
-    b = made(tmp_path / "b", "icr_gan", fid=12.345, steps=(0, 50, 100))
+    b = made(tmp_path / "b #1 50%25", "icr_gan", fid=12.345, steps=(0, 50, 100))
     out = tmp_path / "out"
     report.main([str(a), str(b), "--out", str(out)])
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
@@ -168,7 +169,8 @@ def test_reports_among_runs_are_passed_over(tmp_path, capsys):
 
     report.main([*every(), "--out", str(tmp_path / "report")])
     first = (tmp_path / "report" / "index.html").read_bytes()
-    report.main([*every(), str(tmp_path / "a"), "--out", str(tmp_path / "report")])  # a once
+    again = str(tmp_path / "b" / ".." / "a")  # shown once
+    report.main([*every(), again, "--out", str(tmp_path / "report")])
     assert (tmp_path / "report" / "index.html").read_bytes() == first
     assert f"{tmp_path / 'report'} is a report" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no run folder among"):

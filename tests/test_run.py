@@ -1,5 +1,6 @@
 """common/run.py on the real scripts: the run folder, resume to the bit, signals, failures."""
 import csv
+import importlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import cli, data, files, run
+from common import cli, data, files, run, scores
 from tests import helpers
 from tests.helpers import CACHE, ROOT, SCRIPTS, TINY, assert_same, flags, resume, script, tiny
 
@@ -155,6 +156,146 @@ def test_n_critic_draws_that_many_batches_per_step(tmp_path):
     assert checkpoint["state"]["batches"]["drawn"] == 6
     steps = [checkpoint["state"][o]["state"][0]["step"].item() for o in ("opt_d", "opt_g")]
     assert steps == [6, 2]
+
+
+def test_the_rate_reaches_every_optimiser(tmp_path):
+    r = start("lsgan", out_dir=str(tmp_path))
+    r.set_lr(0.25)
+    r.set_lr(torch.tensor(0.5))
+    rates = [r.state[key].param_groups[0]["lr"].item() for key in ("opt_g", "opt_d")]
+    assert rates == [0.5, 0.5]
+
+
+def test_scores_are_against_all_training_images_whatever_the_subset(tmp_path):
+    folder = train("lsgan", tmp_path, steps=2, subset=64)
+    nets, args, m = run.load(folder)
+
+    def generate(n, rng):
+        return m.sample(nets, args, m.latents(n, args, rng))
+
+    row = scores.of_generator(generate, data.load_images("digits", cache_dir=CACHE), args)()
+    assert float(rows(folder / "metrics.csv")[-1]["fid"]) == pytest.approx(row["fid"], rel=1e-6)
+
+
+# ---- a script that is no image GAN
+
+
+THROW_AWAY = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Args:
+    dataset: str = "pairs"  # made here
+    image_size: int = 8  # pixels
+    batch_size: int = 4  # pairs per update
+    steps: int | None = 60  # updates
+    max_minutes: float | None = None  # none
+    lr: float = 1e-2  # step size
+    precision: str = "fp32"  # of all
+    threads: int = 1  # of the CPU
+    seed: int = 0  # of all
+    device: str = "cpu"  # where
+    out_dir: str = "runs"  # parent
+    log_every: int = 1  # updates
+    sample_every: int = 2  # updates
+    eval_every: int = 3  # updates
+    eval_samples: int = 6  # none
+    resume: str | None = None  # run folder
+    quiet: bool = True  # no progress
+
+
+def build(args):
+    nets = nn.ModuleDict({"AtoB": nn.Conv2d(3, 3, 1), "BtoA": nn.Conv2d(3, 3, 1)})
+    average = nn.ModuleDict({"AtoB": nn.Conv2d(3, 3, 1), "BtoA": nn.Conv2d(3, 3, 1)})
+    average.load_state_dict(nets.state_dict())
+    return {"translators": nets, "generator_ema": average}
+
+
+def main(args):
+    from common import data, run
+
+    device = run.setup(args)
+    draw = torch.Generator().manual_seed(1)
+    pairs = torch.randint(0, 256, (12, 6, 8, 8), generator=draw, dtype=torch.uint8)
+    nets = build(args)
+    net = nets["translators"]
+    opt = torch.optim.Adam(net.parameters(), torch.tensor(args.lr), fused=True)
+    batches = data.Batches(pairs, args.batch_size, args.seed, device)
+    state = dict(opt=opt, seen=torch.zeros(()), batches=batches)
+
+    def update(pair):
+        a, b = pair.split(3, 1)
+        loss = (net["AtoB"](a + 0.1 * torch.randn_like(a)) - b).abs().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        state["seen"] += 1
+        nets["generator_ema"].load_state_dict(net.state_dict())
+        return {"loss_ab": loss.detach(), "seen": state["seen"]}
+
+    shown = data.to_float(pairs[:4])
+
+    def both():
+        a, b = shown.split(3, 1)
+        with torch.no_grad():
+            return torch.stack([a, net["AtoB"](a).tanh(), b], 1), net["BtoA"](b).tanh()
+
+    def show():
+        rows, back = both()
+        return {"translations": rows, "backwards": back}
+
+    def score():
+        rows, _ = both()
+        error = (rows[:, 1] - rows[:, 2]).abs().mean().item()
+        return {"n": 4, "l1": error, "sharpness": 2 * error, "measured_on": {"split": "test"}}
+
+    with run.start(__file__, args, nets, state, show, score) as r:
+        while r.going():
+            r.set_lr(args.lr)
+            r.after_step(update(next(batches)))
+        return r.finish()
+"""
+
+
+def test_pairs_with_pictures_and_measures_of_their_own_need_no_line_in_common(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "throw_away.py").write_text(THROW_AWAY)
+    m = importlib.import_module("throw_away")
+    whole = m.main(m.Args(out_dir=str(tmp_path / "whole"), steps=6))
+    part = m.main(m.Args(out_dir=str(tmp_path / "part"), steps=3))
+    assert m.main(m.Args(resume=str(part), steps=6)) == part
+    for name in ("translations", "backwards"):
+        assert {p.stem for p in (whole / name).iterdir()} == {"000000", "000002", "000004", "000006"}
+        for picture in (f"{name}.png", f"{name}-progress.png", f"{name}.gif"):
+            assert (whole / picture).stat().st_size > 100
+        last = [(folder / name / "000006.png").read_bytes() for folder in (whole, part)]
+        assert last[0] == last[1]
+    assert not (whole / "samples.png").exists()
+    assert list(rows(whole / "metrics.csv")[0]) == ["step", "n", "l1", "sharpness"]
+    assert rows(whole / "log.csv") == rows(part / "log.csv")
+    assert rows(whole / "log.csv")[-1]["images"] == "24"
+    assert json.loads((whole / "metrics.json").read_text())["measured_on"]["split"] == "test"
+    charts = [Image.open(f / "curves.png").size for f in (whole, finished_curves(tmp_path, m))]
+    assert charts[0][1] > charts[1][1]  # two measures more need more room than none
+    x, y = (files.load_tensors(f / "checkpoint.pt") for f in (whole, part))
+    flat_x, flat_y = {}, {}
+    flatten({k: x[k] for k in ("nets", "state", "rng")}, "", flat_x)
+    flatten({k: y[k] for k in ("nets", "state", "rng")}, "", flat_y)
+    assert_same(flat_x, flat_y)
+    both = torch.load(whole / "generator.pt", weights_only=True)
+    assert set(both) == {f"{d}.{k}" for d in ("AtoB", "BtoA") for k in ("weight", "bias")}
+
+
+def finished_curves(tmp_path, m):
+    """The same run without measures."""
+    source = THROW_AWAY.replace('"l1": error, "sharpness": 2 * error, ', "")
+    (tmp_path / "fewer.py").write_text(source)
+    fewer = importlib.import_module("fewer")
+    return fewer.main(fewer.Args(out_dir=str(tmp_path / "fewer"), steps=6))
 
 
 # ---- resume
@@ -368,6 +509,42 @@ def test_a_warning_is_said_once(tmp_path, capsys):
     assert err.count("warning: gen_ratio") == 1
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_loop_gives_the_handlers_back_and_leaves_d_trainable(error, tmp_path, monkeypatch):
+    m = script("lsgan")
+    nets, build = {}, m.build
+    monkeypatch.setattr(m, "build", lambda args: nets.setdefault("all", build(args)))
+
+    def fails(*a):
+        raise error
+
+    monkeypatch.setattr(m, "update_ema", fails)
+    wanted = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(error):
+        train("lsgan", tmp_path)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == wanted
+    assert all(p.requires_grad for p in nets["all"]["discriminator"].parameters())
+
+
+def test_a_signal_during_scoring_saves_and_is_scored_on_resume(finished, tmp_path, monkeypatch):
+    m = script("icr_gan")
+    sample, calls = m.sample, []
+
+    def interrupted(nets, args, z):
+        calls.append(len(z))
+        if len(calls) == 5:  # three grids, then the scores of step 6
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(nets, args, z)
+
+    monkeypatch.setattr(m, "sample", interrupted)
+    with pytest.raises(run.Stopped):
+        train("icr_gan", tmp_path, eval_samples=64)
+    monkeypatch.undo()
+    (folder,) = tmp_path.iterdir()
+    assert resume("icr_gan", folder, quiet=True) == folder
+    assert_same_run(finished, folder)
+
+
 # ---- from outside: the real process
 
 
@@ -396,7 +573,7 @@ def step_of(tmp_path):
         return 0
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_save_and_say_how_to_go_on(tmp_path, signum, code):
     process = start_process(tmp_path)
     wait_for(lambda: step_of(tmp_path) >= 30, process)

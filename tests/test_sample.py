@@ -112,17 +112,17 @@ def test_what_cannot_be_is_said_before_anything_is_written(toy, tmp_path):
 
 @pytest.fixture
 def negative(monkeypatch):
-    """An image-to-image script that inverts, for sizes that are multiples of 16."""
+    """An image-to-image script that inverts; it takes multiples of 16 from 32 on."""
     m = types.SimpleNamespace(__name__="negative")
 
     def translated(nets, args, x, dropout=True):
-        if any(length % 16 for length in x.shape[2:]):
+        if any(length % 16 or length < 32 for length in x.shape[2:]):
             raise RuntimeError("a size that the network cannot take")
         m.seen = x
         return -x + (torch.randn(x.shape) * args.sigma if dropout else 0)
 
     m.sample, m.multiple = translated, lambda args: 16
-    m.args = types.SimpleNamespace(image_size=64, sigma=0.0)
+    m.args = types.SimpleNamespace(image_size=32, sigma=0.0)
     m.channels = 3
 
     def load(folder, device):
@@ -204,7 +204,7 @@ def test_draws_of_the_noise_come_with_their_spread(negative, tmp_path, capsys):
     Image.new("RGB", (50, 9)).save(tmp_path / "b.png")  # draws are those of the picture alone
     sample.main(["RUN", "--input", str(tmp_path), "--draws", "2", "--out", str(tmp_path / "y")])
     assert np.array_equal(pixels(tmp_path / "y" / "a-2.png"), draws[1])
-    sample.main(["RUN", "--input", str(tmp_path / "a.png"), "--dropout", "off", "--out", str(tmp_path / "z")])
+    sample.main([*words[:3], "--dropout", "off", "--out", str(tmp_path / "z")])
     assert np.unique(pixels(tmp_path / "z" / "a.png")).tolist() == [127, 128]
 
 

@@ -1,5 +1,7 @@
 """Built-in sets: the same everywhere, balanced, no image twice."""
+import pytest
 import torch
+from torch.nn import functional as F
 
 from common import synthetic
 
@@ -98,3 +100,86 @@ def test_generators_differ_by_the_order_of_their_numbers():
         for numbers in ((0, 1), (1, 0), (0,), (1,), (0, 0), (2**32, 0))
     }
     assert len(draws) == 6
+
+
+PAIRS = [synthetic.blueprints, synthetic.stripes]
+
+
+@pytest.mark.parametrize("draw", PAIRS)
+def test_pairs_follow_from_their_seed_alone(draw):
+    torch.manual_seed(1)
+    first, second = draw(3, 7)
+    torch.manual_seed(2)
+    expected = torch.rand(3)
+    torch.manual_seed(2)
+    again, same = draw(3, 7)
+    assert torch.equal(torch.rand(3), expected)  # the default generator is left alone
+    other, _ = draw(3, 8)
+    assert first.shape == second.shape == (3, 3, 64, 64)
+    assert first.dtype == second.dtype == torch.uint8
+    assert torch.equal(first, again) and torch.equal(second, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("draw", PAIRS)
+def test_fewer_pairs_are_a_prefix_of_more(draw):
+    for few, more in zip(draw(2, 0), draw(synthetic.SCENES + 3, 0)):
+        assert torch.equal(few, more[:2])
+        assert len(more.flatten(1).unique(dim=0)) == len(more)
+
+
+@pytest.mark.parametrize("draw", PAIRS)
+def test_pairs_do_not_depend_on_the_number_of_threads(draw):
+    one = draw(2, 0)
+    torch.set_num_threads(2)
+    try:
+        two = draw(2, 0)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("draw", PAIRS)
+def test_another_size_shows_the_same_scenes(draw):
+    for small, large in zip(draw(20, 0, 64), draw(20, 0, 128)):
+        assert large.shape == (20, 3, 128, 128)
+        reduced = F.avg_pool2d(large.float(), 2)
+        own = (reduced - small.float()).abs().mean()
+        others = (reduced - small.roll(1, 0).float()).abs().mean()
+        assert own < 8 < 24 < others, (own, others)
+
+
+def kinds(labels):
+    """Class of every pixel of label maps, [N, H, W]; fails for a colour that is no class."""
+    colours = synthetic._colours(synthetic.LABELS)
+    matches = (labels.unsqueeze(1) == colours.view(1, -1, 3, 1, 1)).all(2)
+    assert (matches.sum(1) == 1).all()
+    return matches.int().argmax(1)
+
+
+def test_label_maps_have_ten_colours_and_every_house_its_walls_windows_and_door():
+    found = F.one_hot(kinds(synthetic.blueprints(40, 0)[0]), 10).flatten(1, 2).sum(1)
+    assert (found.sum(0) > 0).all()
+    always = [synthetic.WALL, synthetic.ROOF, synthetic.WINDOW, synthetic.DOOR, synthetic.CORNICE]
+    assert (found[:, always] > 0).all()
+
+
+def test_a_label_map_says_where_things_are_in_its_picture_and_not_which_colour_they_have():
+    labels, pictures = synthetic.blueprints(60, 0)
+    kind, pictures = kinds(labels), pictures.float()
+    border = (kind[:, 1:] != kind[:, :-1]) & (kind[:, 1:] != synthetic.SKY)
+    step = (pictures[:, :, 1:] - pictures[:, :, :-1]).abs().mean(1)
+    other = step[border.roll(1, 0)].mean()  # of borders of another house
+    assert step[border].mean() > 1.5 * other > step[~border].mean()
+    wall = kind == synthetic.WALL
+    colour = torch.stack([picture[:, here].mean(1) for picture, here in zip(pictures, wall)])
+    assert (colour.std(0) > 20).all()
+
+
+def test_stripes_darken_a_share_of_each_solid_and_nothing_else():
+    plain, striped = (x.float() for x in synthetic.stripes(100, 0))
+    darker = (plain - striped).amax(1)
+    assert (striped - plain).amax() <= 0
+    share = (darker > 30).float().mean((1, 2))
+    assert (share > 0.01).all() and (share < 0.2).all()
+    assert ((darker > 0) & (darker < 4)).float().mean() < 0.01  # no faint traces elsewhere

@@ -166,6 +166,20 @@ def test_precision_is_that_of_the_convolutions_in_both_updates(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_latents_are_normal_and_every_network_trains_in_train_mode(name):
+    m, args = script(name), tiny(name)
+    z = m.latents(4096, args, torch.Generator().manual_seed(0))
+    assert z.pow(4).mean() == pytest.approx(3, abs=0.2)  # 9 / 5 for a uniform prior of this variance
+    nets, modes = m.build(args), []
+    for key in ("generator", "discriminator"):
+        nets[key].register_forward_hook(lambda net, x, y: modes.append(net.training))
+    update_d, update_g, _ = m.updates(nets, args)
+    update_d(torch.rand(8, 1, 32, 32))
+    update_g()
+    assert len(modes) >= 4 and all(modes)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_adam_has_the_betas_of_the_arguments(name):
     m, args = script(name), tiny(name, beta1=0.3, beta2=0.7, lr=0.01)
     _, _, state = m.updates(m.build(args), args)

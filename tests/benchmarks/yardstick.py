@@ -19,7 +19,6 @@ two seeds: different steps in the two rows say that the machine has drifted in b
 Minutes count training alone, from the first update on, for the baseline as for the scripts. The
 floor is the distance of real test images: no generator can be expected below it.
 """
-import argparse
 import contextlib
 import importlib
 import json
@@ -41,10 +40,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import data, run, terminal
+from common import cli, data, files, machine, run, terminal
 from common.fid import frechet_from_features
 from common.precision_recall import precision_recall
-from common.sample import draw
+from common.sample import drawn as sampled
 
 IMAGE_SIZE = 32
 FEATURES = 96
@@ -149,7 +148,7 @@ def reference(images, cache_dir, device="cpu"):
         return dict(weights=weights, train=train, test=test, accuracy=correct, seconds=seconds)
 
     key = dict(content=images.fingerprint, test=images.test.fingerprint)
-    return data.cached(cache_dir, "yardstick", key, make, VERSION)
+    return files.cached(cache_dir, "yardstick", key, make, VERSION)
 
 
 def classifier_of(ref, device="cpu"):
@@ -168,7 +167,7 @@ def compare(features, train):
     """Frechet distance to all of train [M, 96]; precision and recall against as many of it."""
     near = precision_recall(drawn(train, len(features)), features)
     distance = frechet_from_features(train, features)
-    return dict(distance=distance, precision=near["precision"], recall=near["recall"])
+    return {"distance": distance, "precision": near["precision"], "recall": near["recall"]}
 
 
 def score(images, ref, device="cpu"):
@@ -274,7 +273,7 @@ def train_baseline(images, seconds=math.inf, steps=None, seed=0, device="cpu", w
     torch.manual_seed(seed)
     g, d = init(Generator()).to(device), init(Discriminator()).to(device)
     update_d, update_g = updates(g, d)
-    batches = data.batches(images, BATCH_SIZE, seed, device=device)
+    batches = data.Batches(images, BATCH_SIZE, seed, device)
     cuda = torch.device(device).type == "cuda"
     step, began, elapsed = 0, time.perf_counter(), 0.0
     while elapsed < seconds and step != steps:
@@ -290,7 +289,7 @@ def train_baseline(images, seconds=math.inf, steps=None, seed=0, device="cpu", w
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - began
     if not all(p.isfinite().all() for p in g.parameters()):
-        raise run.Failed(f"{what} diverged within {step} steps")
+        raise cli.Diverged(f"{what} diverged within {step} steps")
     return g.eval(), step, elapsed
 
 
@@ -299,7 +298,7 @@ def sample_baseline(g, n):
     z = torch.randn(n, Z_DIM, generator=torch.Generator().manual_seed(SAMPLE_SEED))
     device = next(g.parameters()).device
     with torch.no_grad():
-        return draw(lambda net, _, part: net(part.to(device)), g, None, z)
+        return torch.cat([data.to_uint8(g(part.to(device))).cpu() for part in z.split(CHUNK)])
 
 
 # ---- runs and commands -----------------------------------------------------------------------
@@ -329,7 +328,7 @@ def load_run(folder, device="cpu"):
 def sample_run(nets, args, script, n):
     """n uint8 images of a run, from latents that are the same each time."""
     z = script.latents(n, args, torch.Generator().manual_seed(SAMPLE_SEED))
-    return draw(script.sample, nets, args, z)
+    return sampled(nets, args, script, z)
 
 
 def cost(folder, args):
@@ -362,10 +361,9 @@ def plan(text, added):
         word, *typed = shlex.split(text)
     except ValueError as e:  # of shlex, or nothing to unpack
         raise ValueError(f'--train "{text}" is no command: {e}') from None
-    paths = {run.ROOT / f"{name}.py": name for name in run.SCRIPTS}
     path = run.ROOT / Path(word).name if Path(word).parent == Path() else Path(word).resolve()
-    if path not in paths:  # run folders are loaded by the scripts of this checkout
-        known = ", ".join(p.name for p in paths)
+    if path not in run.ROOT.glob("*.py"):  # run folders are loaded by the scripts of this checkout
+        known = ", ".join(sorted(p.name for p in run.ROOT.glob("*.py")))
         raise ValueError(f'--train "{text}": the first word must be one of {known}')
     names = {m[1].replace("_", "-") for w in typed if (m := re.match(r"--([^=]+)", w))}
     for bad, why in TAKEN.items():
@@ -379,9 +377,9 @@ def plan(text, added):
     for key, value in {"dataset": "mnist", **added}.items():
         if key not in names:
             argv += [f"--{key}"] if value is None else [f"--{key}", str(value)]
-    script = importlib.import_module(paths[path])
+    script = importlib.import_module(path.stem)
     try:
-        args = run.parse(script.Args, argv)
+        args = cli.parse(script.Args, argv)
     except ValueError as e:
         raise ValueError(f'--train "{text}": {e}') from None
     check_grey32(args, script, f'--train "{text}"')
@@ -389,7 +387,7 @@ def plan(text, added):
 
 
 def train(path, argv, out_dir, what, minutes=None):
-    """Run a script as a process of its own; returns its run folder. run.Failed if it fails."""
+    """Run a script as a process of its own; returns its run folder. cli.Diverged if it fails."""
     out_dir.mkdir(parents=True)
     command = [sys.executable, str(path), *argv, "--out-dir", str(out_dir)]
     with tempfile.TemporaryFile("w+") as complaints:
@@ -408,7 +406,7 @@ def train(path, argv, out_dir, what, minutes=None):
         if process.returncode:
             complaints.seek(0)
             last = (complaints.read().strip().splitlines() or ["nothing said"])[-1]
-            raise run.Failed(f"exit code {process.returncode}: {last}")
+            raise cli.Diverged(f"exit code {process.returncode}: {last}")
     (folder,) = out_dir.iterdir()
     return folder
 
@@ -455,12 +453,7 @@ def table(rows):
 
 
 def arguments(argv):
-    p = run.Parser(
-        prog="python -m tests.benchmarks.yardstick",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = cli.Parser(prog="python -m tests.benchmarks.yardstick", description=__doc__)
     p.add_argument("runs", metavar="RUN", nargs="*", help="run folders to score")
     for flag, options, text in (
         ("--train", dict(action="append", default=[]), "a script and its arguments; repeatable"),
@@ -505,12 +498,12 @@ def measure(a, images, runs, plans, device):
     def add(kind, name, measured):
         rows.append(dict(kind=kind, name=name) | measured)
         if "distance" in measured:
-            terminal.say(f"{name}: distance {measured['distance']:.3f}")
+            terminal.note(f"{name}: distance {measured['distance']:.3f}")
 
     def baseline(seed):
         try:
             g, steps, seconds = train_baseline(images, 60 * a.minutes, seed=seed, device=device)
-        except run.Failed as e:  # the other results are worth keeping
+        except cli.Diverged as e:  # the other results are worth keeping
             return add("baseline", "baseline", dict(failed=str(e)))
         found = score(sample_baseline(g, a.n), ref, device)
         add("baseline", "baseline", speed(steps, seconds, steps * BATCH_SIZE) | found)
@@ -530,7 +523,7 @@ def measure(a, images, runs, plans, device):
             what = f"{i}/{len(plans)} {text}"
             try:
                 folder = train(path, words, parent / f"{began}-{i}", what, args.max_minutes)
-            except run.Failed as e:
+            except cli.Diverged as e:
                 add("train", text, dict(failed=str(e)))
                 continue
             kept = dict(folder=str(folder)) if a.keep else {}
@@ -546,7 +539,7 @@ def main(argv=None):
     a = arguments(argv)
     terminal.quiet = a.quiet
     torch.set_num_threads(a.threads)
-    device = run.device_of(a)
+    device = machine.device_of(a.device)
 
     # all that can be wrong is found before minutes are spent
     runs = [(folder, load_run(folder, str(device))) for folder in a.runs]
@@ -571,12 +564,12 @@ def main(argv=None):
         about = dict(date=f"{datetime.now():%Y-%m-%d %H:%M}", device=on)
         about |= dict(torch=torch.__version__, python=platform.python_version())
         about |= dict(minutes=a.minutes, threads=a.threads, n=a.n, seed=a.seed)
-        run.write_atomic(a.json, (json.dumps(about | found, indent=2) + "\n").encode())
+        files.write_json(a.json, about | found)
     if any("failed" in r for r in found["rows"]):
-        raise run.Failed("not all training ended well: see the table")
+        raise cli.Diverged("not all training ended well: see the table")
     return found["rows"]
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running command ends too
-    run.guard(main)
+    cli.guard(main)

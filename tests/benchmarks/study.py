@@ -1,0 +1,460 @@
+"""Every method at equal cost, with a spread: trains them all, keeps one csv, draws what it says.
+
+    python -m tests.benchmarks.study --minutes 3 --seeds 3                # equal time
+    python -m tests.benchmarks.study --minutes 3 --seeds 3 --subset 500   # the same on little data
+    python -m tests.benchmarks.study --steps 4000 --methods lsgan,icr-.05 # equal updates of G
+    python -m tests.benchmarks.study --minutes 1 --settings 16            # random hyper-parameters
+    python -m tests.benchmarks.study --report                             # from the csv alone
+
+Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
+--jobs N of them train at once, which slows all alike. A row of the csv is a run that has ended:
+it is not made again, so a study that was interrupted goes on, and a second one adds to it.
+lsgan with seed 0 is trained again after every few runs, as `reference`, which shows the machine's
+part in a spread.
+
+--settings K: K random draws of every method's hyper-parameters from RANGES, draw k of a method the
+same wherever it is made. The curve is the smallest distance that R of them reach on average
+(Lucic et al. 2018, arXiv:1711.10337, figure 2), with its 5 and 95 % by bootstrap.
+
+The control is the distance by the yardstick's classifier, on MNIST in grey.
+"""
+import base64
+import csv
+import importlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from common import cli, files, machine, terminal
+from tests.benchmarks import study_report
+
+ROOT = Path(__file__).parents[2]
+PAPER = "--lambda-real 10 --lambda-fake 10 --lambda-dis 5 --lambda-gen 0.5"
+OFF = "--lambda-real 0 --lambda-fake 0 --lambda-dis 0 --lambda-gen 0"
+BCR = f"icr_gan.py {OFF} --lambda-real 10 --lambda-fake 10"
+METHODS = {  # name: command, and the distance that the course behind this project reports on digits
+    "lsgan": ("lsgan.py", 26.58),
+    "vanilla": ("lsgan.py --loss vanilla", None),
+    "wgan_gp": ("wgan_gp.py", 42.21),
+    "wgan": ("wgan_gp.py --clip 0.01 --lr 5e-4", None),
+    "cn_lsgan": ("cn_lsgan.py", None),
+    "cn_lsgan-0": ("cn_lsgan.py --gp-target 0 --lambda-gp 10 --lambda-rec 0", None),
+    "ebgan": ("ebgan.py --lambda-pt 0", None),
+    "ebgan-pt": ("ebgan.py", None),
+    "began": ("began.py", None),
+    "vaegan": ("vaegan.py", None),
+    "icr-.03": ("icr_gan.py --sigma 0.03", 61.626),
+    "icr-.05": ("icr_gan.py --sigma 0.05", 60.286),
+    "icr-.1": ("icr_gan.py --sigma 0.1", 54.920),
+    "cr": (f"icr_gan.py {OFF} --lambda-real 10", None),
+    "bcr": (BCR, None),
+    "zcr": (f"icr_gan.py {OFF} --lambda-dis 5 --lambda-gen 0.5", None),
+    # the course's mistake, on purpose: digits mirrored, and the paper's weights on scores of [0, 1]
+    "icr-course": (f"icr_gan.py {PAPER} --sigma 0.03 --flip on --shift 0", 61.626),
+}
+OTHERS = {  # only where --methods names them: consistency on a share of the images,
+    "icr-half": ("icr_gan.py --sigma 0.05 --consistency-share 0.5", None),
+    "icr-quarter": ("icr_gan.py --sigma 0.05 --consistency-share 0.25", None),
+    "icr-eighth": ("icr_gan.py --sigma 0.05 --consistency-share 0.125", None),
+    "bcr-quarter": (f"{BCR} --consistency-share 0.25", None),
+    # and image to image, on data and with scores of their own
+    "pix2pix": ("pix2pix.py --dataset blueprints", None),
+    "cyclegan": ("cyclegan.py --dataset stripes", None),
+}
+BASE = "lsgan"
+REFERENCE_EVERY = 8  # runs
+RANGES = {  # of --settings; an argument that a method's own command gives stays
+    "lr": lambda r, old: 10 ** r.uniform(-4, -2),
+    "beta1": lambda r, old: r.choice([0.0, 0.5, 0.9]),
+    "beta2": lambda r, old: r.choice([0.9, 0.99, 0.999]),
+    "lr_decay": lambda r, old: r.choice([0.0, 0.5, 1.0]),
+    "width": lambda r, old: r.choice([8, 16, 32]),
+    "n_critic": lambda r, old: r.choice([1, 2, 5]),
+    "sigma": lambda r, old: 10 ** r.uniform(-2, -0.5),
+    "lambda_": lambda r, old: old * 10 ** r.uniform(-1, 1),  # every weight that is on
+}
+SCORES = ("fid", "precision", "recall", "density", "coverage")
+KEY = ("dataset", "subset", "budget", "dtype", "n", "method", "setting", "seed")
+COLUMNS = (*KEY, "args", "steps", "images", "seconds", "features", *SCORES, "control", "failed")
+COLUMNS += ("torch", "date", "jobs", "wall", "evaluations", "samples")
+
+
+# ---- what is to be done ----------------------------------------------------------------------
+
+
+def arguments_of(words):
+    """Args of a command of METHODS; ValueError where its script or an argument is not there."""
+    path, *typed = words
+    if not (ROOT / path).exists():
+        raise ValueError(f"{path} is not there")
+    return cli.parse(importlib.import_module(Path(path).stem).Args, typed)
+
+
+def drawn(name, words, k):
+    """Arguments of the k-th random setting of a method, as words; none for k = 0."""
+    if not k:
+        return []
+    args, r, found = arguments_of(words), random.Random(f"{name} {k}"), []
+    for key, old in vars(args).items():
+        rule = RANGES["lambda_"] if key.startswith("lambda_") and old else RANGES.get(key)
+        flag = "--" + key.replace("_", "-")
+        if rule is None:
+            continue
+        value = rule(r, old)  # drawn also where it is not used, so that draws do not depend on it
+        if flag not in words:
+            found += [flag, f"{value:.4g}"]
+    return found
+
+
+def listed(a):
+    """The runs that arguments a ask for, in the order of the work, as dicts of KEY and args."""
+    methods, jobs = METHODS | OTHERS, []
+
+    def add(method, command, seed, setting):
+        words = shlex.split(command)
+        extra = [] if method == "reference" else drawn(method, words, setting)
+        data = words[words.index("--dataset") + 1] if "--dataset" in words else a.dataset
+        budget = f"{a.minutes:g} min" if a.minutes else f"{a.steps} steps"
+        key = dict(zip(KEY, (data, a.subset, budget, a.precision, a.n, method, setting, seed)))
+        jobs.append({k: str(v) for k, v in key.items()} | {"args": shlex.join(words + extra)})
+
+    usable = []
+    for name in a.methods:
+        try:
+            arguments_of(shlex.split(methods[name][0]))
+            usable.append(name)
+        except ValueError as e:
+            terminal.warn(f"{name} is left out: {e}")
+    done = 0
+    for seed in range(a.seeds):
+        for setting in range(1, a.settings + 1) if a.settings else (0,):
+            for name in usable:
+                if done % REFERENCE_EVERY == 0 and not a.no_reference:
+                    add("reference", METHODS[BASE][0], 0, done // REFERENCE_EVERY)
+                add(name, methods[name][0], seed, setting)
+                done += 1
+    return jobs
+
+
+def key_of(row):
+    return tuple(str(row[k]) for k in KEY)
+
+
+# ---- one run ---------------------------------------------------------------------------------
+
+
+class Study:
+    """The processes of a study, its csv, and the folder in which its runs lie while they train."""
+
+    def __init__(self, a, path, rows, out_dir):
+        self.a, self.path, self.rows, self.out_dir = a, path, rows, out_dir
+        self.running, self.lock, self.stopping = set(), threading.Lock(), False
+        self.rates = {}  # updates of G per second by method, of this study and of its earlier runs
+        for row in rows:
+            self._learn(row)
+
+    def _learn(self, row):
+        if row["steps"]:
+            self.rates[row["method"]] = int(row["steps"]) / max(1e-9, float(row["seconds"]))
+
+    def command(self, *words, limit=None):
+        """(exit code, stdout, the last line of stderr) of a Python process, which stop() ends."""
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            with self.lock:
+                if self.stopping:
+                    return -signal.SIGTERM, "", "stopped"
+                process = subprocess.Popen(
+                    [sys.executable, *words], cwd=ROOT, stdout=out, stderr=err,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+                self.running.add(process)
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            finally:
+                code = process.wait()
+                self.running.discard(process)
+            out.seek(0), err.seek(0)
+            lines = [line for line in err.read().splitlines() if line.strip()]
+            return code, out.read(), lines[-1] if lines else ""
+
+    def stop(self):
+        with self.lock:
+            self.stopping = True
+            for process in list(self.running):
+                process.kill()  # nothing of a run that did not end is kept
+
+    def shared(self):
+        """Arguments that all runs have."""
+        a = self.a
+        words = f"--threads 1 --precision {a.precision} --eval-samples {a.n} --sample-every 0"
+        words = [*words.split(), "--quiet", "--device", a.device, "--data-dir", a.data_dir]
+        return [*words, "--cache-dir", a.cache_dir]
+
+    def prepare(self):
+        """Fill the caches once, before many processes would fill them at once."""
+        out = str(self.out_dir / "first")
+        words = ["--steps", "1", "--dataset", self.a.dataset, "--eval-every", "0", "--out-dir", out]
+        code, _, said = self.command("lsgan.py", *self.shared(), *words)
+        if code and not self.stopping:
+            raise cli.Diverged(f"a first step of lsgan.py failed: {said}")
+        shutil.rmtree(out, ignore_errors=True)
+
+    def control(self, folder):
+        a = self.a
+        if a.no_control:
+            return ""
+        words = ["-m", "tests.benchmarks.study", "--n", str(a.n)]
+        words += ["--data-dir", a.data_dir, "--cache-dir", a.cache_dir, "--score"]
+        with self.scoring:  # the first call trains the classifier, for which the others wait
+            if not self.scored:
+                self.command(*words, "")
+                self.scored = True
+        code, text, said = self.command(*words, folder)
+        if code and not self.stopping:
+            terminal.warn(f"no control of {folder}: {said}")
+        return text.split()[-1] if not code else ""
+
+    scoring, scored = threading.Lock(), False
+
+    def words_of(self, job, out):
+        """The command line of a job, whose run folder is made in out."""
+        a = self.a
+        words = shlex.split(job["args"]) + self.shared()
+        words += ["--max-minutes", str(a.minutes)] if a.minutes else ["--steps", str(a.steps)]
+        words += ["--seed", job["seed"], "--out-dir", str(out)]
+        words += [] if "--dataset" in words else ["--dataset", a.dataset]
+        words += ["--subset", str(a.subset)] if a.subset else []
+        if a.evals == 1:
+            return [*words, "--eval-every", "0"]
+        steps = a.steps or 60 * a.minutes * self.rates.get(job["method"], 1000 / 60 / a.minutes)
+        return [*words, "--eval-every", str(max(1, math.ceil(steps / a.evals)))]
+
+    def run(self, job):
+        """Train one job and keep its row; nothing of a run that was stopped."""
+        a, began = self.a, time.monotonic()
+        out = Path(tempfile.mkdtemp(dir=self.out_dir))
+        limit = 60 * (4 * a.minutes + 15) if a.minutes else None  # who is not back by then hangs
+        try:
+            code, _, said = self.command(*self.words_of(job, out), limit=limit)
+            if self.stopping or code < 0:
+                return
+            row = dict.fromkeys(COLUMNS, "") | job
+            row |= {"torch": torch.__version__, "date": f"{date.today()}", "jobs": a.jobs}
+            if code:
+                row["failed"] = said.removeprefix("error: ")
+            else:
+                (folder,) = out.iterdir()
+                row |= finished(folder) | {"control": self.control(str(folder))}
+                if (job["seed"], job["setting"]) == ("0", "0") and job["method"] != "reference":
+                    row["samples"] = first_samples(folder)
+            if self.stopping:
+                return
+            row["wall"] = f"{time.monotonic() - began:.1f}"
+            self.keep({k: str(v) for k, v in row.items()})
+        finally:
+            for folder in out.iterdir() if a.keep else ():
+                name = f"{job['method']}-{job['setting']}-{job['seed']}-{folder.name}"
+                shutil.move(folder, self.out_dir / name)
+            shutil.rmtree(out, ignore_errors=True)
+
+    def keep(self, row):
+        with self.lock:
+            self.rows.append(row)
+            self._learn(row)
+            save(self.path, self.rows)
+        told = ", ".join(f"{k} {row[k]}" for k in ("steps", "fid", "control") if row[k])
+        name = f"{row['method']} setting {row['setting']} seed {row['seed']}"
+        terminal.note(f"{name}: {row['failed'] or told}")
+
+
+def finished(folder):
+    """What the csv keeps of a run folder."""
+    rows, log = files.read_csv(folder / "metrics.csv"), files.read_csv(folder / "log.csv")
+    last = rows[-1]
+    found = {"steps": last["step"], "seconds": last["seconds"], "features": last["features"]}
+    found["images"] = log[-1]["images"] if log else ""
+    found |= {k: last[k] for k in SCORES if k in last}
+    return found | {"evaluations": json.dumps(rows, separators=(",", ":"))}
+
+
+def first_samples(folder):
+    """The first row of the last grid, a png in base64."""
+    from PIL import Image
+
+    from common.pictures import first_row
+
+    buffer = io.BytesIO()
+    first_row(Image.open(folder / "samples.png")).save(buffer, "png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def score(folder, a):
+    """Print a run's distance by the yardstick's classifier; without a folder make that ready."""
+    from common import data
+    from tests.benchmarks import yardstick as y
+
+    torch.set_num_threads(1)
+    images = data.load_images("mnist", a.data_dir, y.IMAGE_SIZE, 1, a.cache_dir)
+    ref = y.reference(images, a.cache_dir)
+    if folder:
+        found = y.extract(y.classifier_of(ref), y.sample_run(*y.load_run(folder), a.n))
+        terminal.result(f"{y.frechet_from_features(ref['train'], found):.4f}")
+
+
+# ---- the csv ---------------------------------------------------------------------------------
+
+
+def load(path):
+    csv.field_size_limit(2**24)  # samples are long
+    return files.read_csv(path)
+
+
+def save(path, rows):
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    files.write_atomic(path, text.getvalue().encode())
+
+
+def train(a, path):
+    """Whatever of the study is not in the csv yet; returns whether all of it is there now."""
+    rows = load(path)
+    have, jobs = {key_of(r) for r in rows}, listed(a)
+    todo = [j for j in jobs if key_of(j) not in have]
+    if not todo:
+        return True
+
+    def left(n):
+        alike = [r for r in rows if r["wall"] and r["budget"] == todo[0]["budget"]]
+        found = [float(r["wall"]) for r in alike[-20:]]
+        each = statistics.mean(found) if found else 60 * a.minutes + 30 if a.minutes else 120
+        return f"{each * math.ceil(n / a.jobs) / 60:.0f} min"
+
+    done = f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}"
+    terminal.note(f"{done}; the others take about {left(len(todo))}")
+    if a.dry_run:
+        for j in todo:
+            name = f"{j['method']:12} setting {j['setting']} seed {j['seed']}"
+            terminal.result(f"{name}  {j['args']}")
+        return False
+    Path(a.out_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="study-", dir=a.out_dir) as temporary:
+        study = Study(a, path, rows, Path(a.out_dir if a.keep else temporary))
+        work(study, todo, left)
+    return {key_of(j) for j in jobs} <= {key_of(r) for r in rows}
+
+
+def work(study, todo, left):
+    """Run the jobs, --jobs at once, until they, --deadline or a signal end it."""
+    a, began = study.a, time.monotonic()
+    signals = signal.SIGINT, signal.SIGTERM
+    before = {s: signal.signal(s, lambda *_: study.stop()) for s in signals}
+    with ThreadPoolExecutor(a.jobs) as pool:
+        try:
+            study.prepare()
+            running = {pool.submit(study.run, j) for j in todo}
+            while running and not study.stopping:
+                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for d in done:
+                    d.result()
+                told = f"{len(todo) - len(running)}/{len(todo)} runs"
+                terminal.progress(f"study: {told}, about {left(len(running))} left")
+                if a.deadline and time.monotonic() - began > 60 * a.deadline:
+                    study.stop()
+        finally:
+            study.stop()  # also where a thread has failed
+            pool.shutdown(cancel_futures=True)
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def arguments(argv):
+    p = cli.Parser(prog="python -m tests.benchmarks.study", description=__doc__)
+    for flag, options, text in (
+        ("--minutes", {"type": float}, "training time of each run"),
+        ("--steps", {"type": int}, "or its updates of G"),
+        ("--seeds", {"type": int}, "seeds of each method [3, with --settings 1]"),
+        ("--settings", {"type": int, "default": 0}, "random draws of each method's arguments [0]"),
+        ("--subset", {"type": int, "default": 0}, "train on only that many images [0: all]"),
+        ("--methods", {}, f"of {', '.join([*METHODS, *OTHERS])} [all but the last six]"),
+        ("--dataset", {"default": "mnist"}, "of all of them [mnist]"),
+        ("--precision", {"default": "fp32", "choices": ["fp32", "bf16"]}, "of all of them [fp32]"),
+        ("--jobs", {"type": int, "default": 1}, "trainings at once [1]"),
+        ("--deadline", {"type": float}, "end then, in minutes; what trains is lost"),
+        ("--evals", {"type": int, "default": 4}, "evaluations of a run, about [4]"),
+        ("--n", {"type": int, "default": 10000}, "images of each [10000]"),
+        ("--no-control", {"action": "store_true"}, "no distance by the yardstick's classifier"),
+        ("--no-reference", {"action": "store_true"}, "no repeated run"),
+        ("--device", {"default": "cpu"}, "cpu, cuda, cuda:1 [cpu]"),
+        ("--data-dir", {"default": "data"}, "[data]"),
+        ("--cache-dir", {"default": "data/cache"}, "[data/cache]"),
+        ("--out-dir", {"default": "runs"}, "where runs lie while they train [runs]"),
+        ("--keep", {"action": "store_true"}, "leave them there"),
+        ("--csv", {"metavar": "FILE"}, "[tests/benchmarks/results/study-DEVICE.csv]"),
+        ("--report", {"action": "store_true"}, "train nothing: tables and pictures beside the csv"),
+        ("--dry-run", {"action": "store_true"}, "say what is left to train"),
+        ("--quiet", {"action": "store_true"}, "no progress on the terminal"),
+        ("--score", {"metavar": "RUN"}, "print one run's distance by that classifier"),
+    ):
+        p.add_argument(flag, help=text, **options)
+    a = p.parse_args(argv)
+    a.methods = a.methods.split(",") if a.methods else list(METHODS)
+    for name in a.methods:
+        if name not in METHODS | OTHERS:
+            raise ValueError(f"--methods has {name}{cli.close_to(name, METHODS | OTHERS)}")
+    if not (a.report or a.score is not None) and bool(a.minutes) == bool(a.steps):
+        raise ValueError("give --minutes or --steps, the cost of each run; or --report")
+    for name, least in (("jobs", 1), ("evals", 1), ("n", 6), ("settings", 0), ("subset", 0)):
+        if getattr(a, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(a, name)}")
+    a.seeds = a.seeds or (1 if a.settings else 3)
+    a.no_control = a.no_control or a.dataset != "mnist"
+    return a
+
+
+def main(argv=None):
+    """Train or report; returns the path of the csv."""
+    a = arguments(argv)
+    terminal.quiet = a.quiet
+    if a.score is not None:
+        return score(a.score, a)
+    device = machine.device_of(a.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = re.sub(r"\W+", "-", name).strip("-").lower()
+    path = Path(a.csv or Path(__file__).parent / "results" / f"study-{name}.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    complete = a.report or train(a, path)
+    rows = load(path)
+    if a.report or complete:
+        if not rows:
+            raise ValueError(f"{path} has no runs yet")
+        terminal.result(study_report.report(rows, path.with_suffix(""), METHODS | OTHERS, BASE))
+    terminal.result(f"{path}{'' if complete else '  (not complete: the same command goes on)'}")
+    return path
+
+
+if __name__ == "__main__":
+    cli.guard(main)
