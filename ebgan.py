@@ -9,20 +9,21 @@ Losses   E(v) = mean over pixels of (AE(v) - v)^2          AE: decoder of encode
          EBGAN-PT; --lambda-pt 0 is EBGAN. At the paper's equilibrium L_D is the margin.
          --warmup-steps: updates of D by E[E(x)] alone before step 1, so that G meets an
          auto-encoder that knows the data; they take training time and count as no steps.
-Differs  1. The paper's energy is the norm |AE(v) - v|, whose margin m is m^2 / d here, for images of
-         d numbers: its 10 for MNIST is .098, 20 for CelebA .033, 80 for LSUN .52; 2. the paper's
-         networks for MNIST are fully connected, those here convolutions, G that of lsgan.py, the
-         encoder's spectrally normalised (Miyato et al. 2018, arXiv:1802.05957); 3. --margin-decay is from the paper's semi-supervised EBGAN-LN,
-         and off; 4. Adam's rate and decays, its fall to 0 and the average of G are as in lsgan.py.
+Differs  1. The paper's energy is the norm |AE(v) - v|: its margin m is m^2 / d here, for images of d
+         numbers, its 10 for MNIST .098, 20 for CelebA .033, 80 for LSUN .52; 2. the paper's networks
+         for MNIST are fully connected, those here convolutions, G that of lsgan.py, the encoder's
+         spectrally normalised (Miyato et al. 2018, arXiv:1802.05957); 3. --margin-decay is from the
+         paper's semi-supervised EBGAN-LN, and off; 4. Adam's rate and decays, the rate's fall to 0
+         and the average of G are as in lsgan.py.
 Reached  REACHED
 Run      python ebgan.py                                   # built-in digits
          python ebgan.py --dataset mnist --lambda-pt 0
 Use      from ebgan import energy, pulling_away_term       # needs torch only
 
 Commonly done wrong, each with a test here:
-- the hinge of the mean energy of a batch, in place of each sample's: one bad image hides a good one;
+- the hinge of a batch's mean energy, not of each sample's: one bad image hides a good one;
 - generated images detached as the target in L_G, which loses half of its gradient;
-- PT without the square, which rewards opposite codes; PT with the pairs i = i, which adds 1 / (N - 1);
+- PT without the square, which rewards opposite codes; with the pairs i = i, 1 / (N - 1) more;
 - PT with norms over the batch or of the whole tensor, on pixels, or by an update of its own;
 - the paper's margin under a mean of squares: no energy gets there, and D never stops raising it;
 - a margin that grows with the batch, although every loss is a mean over it.

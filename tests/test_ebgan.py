@@ -448,7 +448,9 @@ def test_a_run_shows_images_and_what_d_makes_of_them(tmp_path):
         assert (folder / f"{name}.png").exists() and (folder / name / "000002.png").exists()
 
 
-@pytest.mark.parametrize("name, value", [("margin_decay", 1.5), ("warmup_steps", -1), ("code_dim", 0)])
+@pytest.mark.parametrize(
+    "name, value", [("margin_decay", 1.5), ("warmup_steps", -1), ("code_dim", 0)]
+)
 def test_arguments_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
         ebgan.Args(**{name: value})
