@@ -9,8 +9,8 @@ Losses   E(v) = mean over pixels of (AE(v) - v)^2          AE: decoder of encode
          EBGAN-PT; --lambda-pt 0 is EBGAN. At the paper's equilibrium L_D is the margin.
          --warmup-steps: updates of D by E[E(x)] alone before step 1, so that G meets an
          auto-encoder that knows the data; they take training time and count as no steps.
-Differs  1. The paper's energy is the norm |AE(v) - v|: its margin m is m^2 / d here, for images of d
-         numbers, its 10 for MNIST .098, 20 for CelebA .033, 80 for LSUN .52; 2. the paper's networks
+Differs  1. The paper's energy is the norm |AE(v) - v|: a margin m is m^2 / d here, for images of
+         d numbers, so 10 for MNIST .098, 20 for CelebA .033, 80 for LSUN .52; 2. its networks
          for MNIST are fully connected, those here convolutions, G that of lsgan.py, the encoder's
          spectrally normalised (Miyato et al. 2018, arXiv:1802.05957); 3. --margin-decay is from the
          paper's semi-supervised EBGAN-LN, and off; 4. Adam's rate and decays, the rate's fall to 0

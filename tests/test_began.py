@@ -103,6 +103,14 @@ def test_update_of_k_makes_a_new_tensor_without_a_gradient():
     assert not new.requires_grad and new.shape == () and new.data_ptr() != k.data_ptr()
 
 
+def test_nothing_of_k_or_m_is_read_on_the_cpu():
+    """Tensors on meta have no values: to read one is an error."""
+    a, b, c = torch.rand(3, device="meta")
+    assert update_k(a, b, c, 0.5, 0.1).is_meta
+    assert convergence_measure(a, b, 0.5).is_meta
+    assert all(v.is_meta for v in after_look(a, b, c))
+
+
 def test_k_rises_when_generated_images_are_rebuilt_too_well():
     """D then heeds them more. With gamma at the other loss, or the sign turned, k would fall."""
     k, real, fake = scalars(0.5, 0.2, 0.02)  # fake / real is .1, below gamma

@@ -295,6 +295,19 @@ def test_the_pulling_away_term_is_in_the_loss_of_g_alone():
     assert all(not torch.equal(a, b) for a, b in zip(found[0.0][1], found[5.0][1]))
 
 
+def test_each_network_takes_one_step_in_its_update_and_none_in_the_others():
+    """The wrong form has an update of its own for the pulling-away term."""
+    _, update_d, update_g, state, _ = made(lambda_pt=1.0)
+
+    def steps():
+        return [{s["step"].item() for s in state[k].state.values()} for k in ("opt_d", "opt_g")]
+
+    update_d(images())
+    assert steps() == [{1}, set()]
+    update_g()
+    assert steps() == [{1}, {1}]
+
+
 def test_without_the_term_its_work_is_left_out(monkeypatch):
     monkeypatch.setattr(ebgan, "pulling_away_term", None)
     logs = made(lambda_pt=0.0)[2]()
