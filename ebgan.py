@@ -11,8 +11,8 @@ Losses   E(v) = mean over pixels of (AE(v) - v)^2          AE: decoder of encode
          auto-encoder that knows the data; they take training time and count as no steps.
 Differs  1. The paper's energy is the norm |AE(v) - v|, whose margin m is m^2 / d here, for images of
          d numbers: its 10 for MNIST is .098, 20 for CelebA .033, 80 for LSUN .52; 2. the paper's
-         networks for MNIST are fully connected, those here convolutions, G that of lsgan.py, none
-         of D's layers normalised; 3. --margin-decay is from the paper's semi-supervised EBGAN-LN,
+         networks for MNIST are fully connected, those here convolutions, G that of lsgan.py, the
+         encoder's spectrally normalised (Miyato et al. 2018, arXiv:1802.05957); 3. --margin-decay is from the paper's semi-supervised EBGAN-LN,
          and off; 4. Adam's rate and decays, its fall to 0 and the average of G are as in lsgan.py.
 Reached  REACHED
 Run      python ebgan.py                                   # built-in digits
@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 @dataclass
@@ -113,6 +114,15 @@ class Generator(nn.Module):
         return self.to_image(self.body(h)).tanh()
 
 
+class SNConv2d(nn.Conv2d):
+    """Convolution for spectral_norm, whose power iteration autocast must not take in bf16."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
 class AutoEncoder(nn.Module):
     """Images [N, channels, image_size, image_size] in [-1, 1] -> their reconstructions, alike.
 
@@ -125,7 +135,7 @@ class AutoEncoder(nn.Module):
         dims = [channels] + [width * 2**i for i in range(downs)]
         down, up = [], []
         for d_in, d_out in zip(dims, dims[1:]):
-            down += [nn.Conv2d(d_in, d_out, 4, 2, 1), nn.LeakyReLU(0.2)]
+            down += [spectral_norm(SNConv2d(d_in, d_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
             up = [nn.LeakyReLU(0.2), nn.ConvTranspose2d(d_out, d_in, 4, 2, 1)] + up
         deepest = dims[-1] * 16
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(deepest, code_dim))
@@ -298,8 +308,10 @@ def warm_up(nets, args, state):
 @torch.no_grad()
 def reconstruct(nets, x):
     """Images [N, C, H, W] in [-1, 1] -> what D makes of them, alike, on the device of D."""
-    d = nets["discriminator"]
-    return d(x.to(next(d.parameters()).device))
+    d = nets["discriminator"].eval()  # in training each call moves the vectors of spectral_norm
+    x_rec = d(x.to(next(d.parameters()).device))
+    d.train()
+    return x_rec
 
 
 def learning_rate(args, done):

@@ -4,13 +4,19 @@ Paper    Isola et al. 2016, Image-to-Image Translation with Conditional Adversar
          arXiv:1611.07004.
 Losses   L_D = 1/2 (E[-log D(a, b)] + E[-log(1 - D(a, G(a)))])       E over images and patches
          L_G = lambda_adv E[-log D(a, G(a))] + lambda_l1 E|b - G(a)|        a input, b target
-Differs  1. Networks scale with image_size: 64 px and width 16 by default, where the paper has 256
-         and 64; 2. the rate falls linearly to 0 over the last half, the paper's is constant; 3. an
-         exponential average of G is sampled and scored, the paper has none; 4. at test BatchNorm
-         uses running statistics, the paper those of the test batch; dropout stays on, as there;
-         5. D's loss is halved in the gradient too, as the paper says (its code only logs it so).
+Differs  1. Networks scale with image_size: 64 px, width 16 and patches of 34 px by default, where
+         the paper has 256, 64 and 70; batches of 8 at a rate of 1e-3, its 1 to 10 at 2e-4, are for
+         short runs, and pairs are only mirrored: enlarging them (--jitter) blurs 64 px; 2. the rate
+         falls linearly to 0 over the last half, the paper's is constant; 3. an exponential average
+         of G is sampled and scored, the paper has none; 4. at test BatchNorm uses running
+         statistics, the paper those of the test batch; dropout stays on, as there; 5. D's loss is
+         halved in the gradient too, in the original code only in the log.
+Reached  Blueprints, 2,000 pairs, 4,000 steps of 8 in 984 s of one thread of a 2-core x86 CPU shared
+         by ten processes: FID (cifarnet) 4.88 and L1 .301 on 200 test pairs (the input itself 44.8
+         and .667). Facades, labels to photos, --jitter --steps 2000, 452 s: FID (cifarnet) 27.9,
+         L1 .350, PSNR 13.0 dB on 106 test pairs (147.8, .776, 6.8). One run each.
 Run      python pix2pix.py                                 # built-in blueprints
-         python pix2pix.py --dataset facades --direction BtoA
+         python pix2pix.py --dataset facades --direction BtoA --jitter
          python pix2pix.py --lambda-adv 0                  # L1 alone; --lambda-l1 0: the cGAN alone
 Use      from pix2pix import Args, build, sample           # needs torch only
 
@@ -40,8 +46,8 @@ class Args:
     channels_a: int = 0  # of A's images, filled in from the data
     channels_b: int = 0  # of B's images, filled in from the data
     direction: Literal["AtoB", "BtoA"] = "AtoB"  # from which images of a pair to which
-    jitter: bool = True  # enlarge pairs by 286/256 and cut out a random square
-    mirror: bool = True  # mirror every second pair
+    jitter: bool = False  # enlarge pairs by 286/256 and cut out a random square
+    mirror: bool = True  # mirror half of the pairs, drawn at random
     # method
     lambda_adv: float = 1.0  # weight of the adversarial loss; 0 = L1 alone, without D
     lambda_l1: float = 100.0  # weight of the L1 distance to the target; 0 = the GAN alone
@@ -54,8 +60,8 @@ class Args:
     # optimisation
     steps: int | None = None  # updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
-    batch_size: int = 4  # pairs per update
-    lr: float = 2e-4  # Adam step size, both networks
+    batch_size: int = 8  # pairs per update
+    lr: float = 1e-3  # Adam step size, both networks
     lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.999  # Adam decay of the second moment

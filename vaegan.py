@@ -21,7 +21,7 @@ Differs  1. Dec's adversarial loss is the non-saturating one, the paper prints t
          rec and prior, and Dec does not answer. The paper's Dis comes from a GAN trained before;
          4. the authors' code leaves Dis or Dec untrained while it is ahead of the other, and its
          runs on faces judge prior samples alone and weigh each side by half: the paper has none of
-         that, nor has this; 5. lambda_llike is LLIKE, not 1, for the scale of F; 6. Adam for
+         that, nor has this; 5. lambda_llike is 10, not 1, as F of normed convolutions is small; 6. Adam for
          RMSProp, rates, and averages of Enc and Dec sampled and scored, as in lsgan.py.
 Near     AAE (arXiv:1511.05644): a discriminator of codes, not of images, replaces L_prior.
          VEEGAN (arXiv:1705.07761): Dis judges pairs of image and code, and what is reconstructed
@@ -62,7 +62,7 @@ class Args:
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
     # method
     gamma: float = 0.01  # factor of both likelihoods in the decoder's loss, not in the encoder's
-    lambda_llike: float = 1.0  # weight of the likelihood of the discriminator's features; 0 = off
+    lambda_llike: float = 10.0  # weight of the likelihood of the discriminator's features; 0 = off
     lambda_pixel: float = 0.0  # weight of the likelihood of pixels; 0 = off
     lambda_prior: float = 1.0  # weight of the divergence between codes and prior; 0 = off
     lambda_adv: float = 1.0  # weight of the decoder's adversarial loss; 0 = off
@@ -73,8 +73,8 @@ class Args:
     # optimisation
     steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
-    batch_size: int = 64  # images per update
-    lr: float = 2e-3  # Adam step size, all networks
+    batch_size: int = 32  # images per update
+    lr: float = 3e-3  # Adam step size, all networks
     lr_decay: float = 0.5  # last part of the run over which lr falls linearly to 0; 0 = constant
     beta1: float = 0.5  # Adam decay of the first moment
     beta2: float = 0.99  # Adam decay of the second moment

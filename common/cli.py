@@ -19,9 +19,10 @@ MAY_CHANGE = (  # beside --resume
     "steps max_minutes log_every sample_every eval_every eval_samples "
     "device threads quiet out_dir data_dir cache_dir"
 ).split()
-RESOLVED = ("precision", "threads", "channels")  # whose auto or 0 a run replaces by what it found
+RESOLVED = "precision threads channels channels_a channels_b".split()  # auto or 0 until a run
 
 SIZE = "a power of two from 8 to 512", lambda v: 8 <= v <= 512 and v & (v - 1) == 0
+CHANNELS = "0, 1 or 3", lambda v: v in (0, 1, 3)
 COUNT = "from 1 to 65536", lambda v: 1 <= v <= 2**16
 POSITIVE = "positive", lambda v: v > 0
 ZERO_OR_MORE = "zero or positive", lambda v: v >= 0
@@ -29,7 +30,7 @@ SHARE = "in [0, 1]", lambda v: 0 <= v <= 1
 DECAY = "in [0, 1)", lambda v: 0 <= v < 1
 RANGES = {  # of shared arguments; weights, all called lambda_..., are ZERO_OR_MORE
     "image_size": SIZE,
-    "channels": ("0, 1 or 3", lambda v: v in (0, 1, 3)),
+    **dict.fromkeys("channels channels_a channels_b".split(), CHANNELS),
     "eval_samples": ("at least 6", lambda v: v >= 6),
     "seed": ("from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63),
     "lr_decay": SHARE,
@@ -134,8 +135,11 @@ def parse(cls, argv=None, doc=""):
         flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         text = text.replace("%", "%%")
         text += f" [{field.default}]" if field.default is not None else ""
-        if kind is bool:
-            groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        if kind is bool:  # --flag, --no-flag, --flag on, --flag off
+            off = {"dest": field.name, "action": "store_const", "const": False}
+            groups[group].add_argument("--no-" + flag[2:], **off, help=argparse.SUPPRESS)
+            on = {"nargs": "?", "const": True, "type": _switch, "metavar": "on|off"}
+            groups[group].add_argument(flag, **on, help=text)
             continue
         metavar = field.name.split("_")[-1].upper()
         if typing.get_origin(kind) is typing.Literal:
@@ -147,6 +151,13 @@ def parse(cls, argv=None, doc=""):
     args = cls(**given)
     check(args)
     return args
+
+
+def _switch(text):
+    """True of on, False of off."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"wanted on or off, got {text}")
+    return text == "on"
 
 
 def _described(cls):

@@ -236,7 +236,7 @@ def weights_file(name):
         except (OSError, RuntimeError) as e:
             raise OSError(
                 f"the weights of {name} cannot be downloaded ({files.first_line(e)}): "
-                f"put {url} into {path.parent}, or give --weights FILE"
+                f"put {url} into {path.parent} (common.evaluate takes --weights FILE too)"
             ) from e
     return path
 

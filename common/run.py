@@ -26,7 +26,7 @@ from common.cli import Diverged, Stopped
 from common.signals import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
-EARLY_GRID = 100  # an extra grid, so that the first picture comes within seconds
+EARLY_GRIDS = 0, 100  # steps, so that the first pictures come within seconds
 AGREE = 0.5  # seconds after which several processes compare signals and clocks again
 LASTING = 5  # rows of the log after which a value that stays low is spoken of
 
@@ -104,6 +104,8 @@ class Run:
     def __init__(self, script, args, nets, state, draw, score):
         self.script, self.args, self.nets, self.state = Path(script).stem, args, nets, state
         self._draw, self._score = draw, score
+        self._batches = [v for v in state.values() if hasattr(v, "drawn")]
+        self._optimisers = [v for v in state.values() if hasattr(v, "param_groups")]
         self.device = next(next(iter(nets.values())).parameters()).device
         self.step, self.seconds = 0, 0.0
         self._ticking_since = None  # when the clock was started; None while it stands
@@ -112,7 +114,7 @@ class Run:
         self._averaged = False  # whether _losses are those of all ranks
         self._warnings = {}
         self._signals = Signals()
-        self._details = {}  # of the last score, what is not for a table
+        self._details = None  # of the last score here, what is not for a table
         if processes.several():
             processes.seed(args.seed, 0)
         if args.resume:
@@ -125,20 +127,17 @@ class Run:
             self.step, self.seconds = saved["step"], saved["seconds"]
             self._losses, self._averaged = saved["losses"], True
         processes.broadcast_weights(nets)
-        for optimiser in self._optimisers():
+        for optimiser in self._optimisers:
             processes.average_gradients(optimiser)
         self.log = files.Table(self.folder / "log.csv", self.step, self._writes)
         self.metrics = files.Table(self.folder / "metrics.csv", self.step, self._writes)
         self._start_seconds, self._start_step = self.seconds, self.step
         self._agreed_seconds, self._next_agreement = self.seconds, self.step
         terminal.note(self._first_line())
-        if saved:
-            checkpoint.remove_later_grids(self.folder, self.step)
-            self._when_due()  # a run that was stopped between a save and its evaluation owes it
-        else:
-            with self._paused():
-                self.draw()
+        if not saved:
             self.save()
+        checkpoint.remove_later_grids(self.folder, self.step)
+        self._when_due()  # a run that was stopped between a save and its evaluation owes it
 
     def __enter__(self):
         self._signals.catch()
@@ -153,13 +152,8 @@ class Run:
             on = torch.cuda.get_device_name(self.device)
         if processes.several():
             on = f"{processes.ranks()} processes, the first on {on}"
-        drawn = [v for v in self.state.values() if hasattr(v, "drawn")]
-        images = " and ".join(f"{b.size}" for b in drawn)
-        name = f"{self.script} on {on} in {a.precision}"
-        return f"{name}, {images} images of {a.dataset}, into {self.folder}"
-
-    def _optimisers(self):
-        return [value for value in self.state.values() if hasattr(value, "param_groups")]
+        images = f"{' and '.join(str(b.size) for b in self._batches)} images of {a.dataset}"
+        return f"{self.script} on {on} in {a.precision}, {images}, into {self.folder}"
 
     def save(self):
         """checkpoint.pt: all that resume needs. Refuses to replace a good one by broken weights."""
@@ -248,10 +242,8 @@ class Run:
         return not done
 
     def set_lr(self, value):
-        """Learning rate of every optimiser, in place as a captured update needs it.
-
-        value: a number or a 0-d tensor."""
-        for optimiser in self._optimisers():
+        """Rate of all optimisers, a number or 0-d tensor; in place, as captured updates need."""
+        for optimiser in self._optimisers:
             optimiser.param_groups[0]["lr"].fill_(value)
 
     def warn_above(self, name, limit, text):
@@ -269,22 +261,20 @@ class Run:
         self._when_due()
 
     def _due(self, every):
-        return bool(every) and self.step % every == 0
+        return bool(every) and self.step > 0 and self.step % every == 0
 
     def _when_due(self):
-        a = self.args
-        if self.step == 0:
-            return
+        a, step = self.args, self.step
+        saves, scores = self._due(a.sample_every), self._due(a.eval_every)
         if self._due(a.log_every):
             self._log()
-        shows, scores = self._due(a.sample_every), self._due(a.eval_every)
-        if shows or scores or self.step == EARLY_GRID:
+        if saves or scores or step in EARLY_GRIDS:
             with self._paused():
                 self._gather_ranks()
-                if shows or self.step == EARLY_GRID:
-                    self.draw()
-                if shows:
+                if saves:  # first, while the random numbers are those of training
                     self.save()
+                if saves or step in EARLY_GRIDS:
+                    self.draw()
                 if scores:
                     self.score()
 
@@ -324,8 +314,7 @@ class Run:
                 terminal.warn(f"{name} is {recent[-1]:.2g} at step {self.step}: {text}")
                 del self._warnings[name]
         self._shown = "  ".join(f"{name} {v:.3g}" for name, v in values.items())
-        batches = [v for v in self.state.values() if hasattr(v, "drawn")]
-        images = sum(b.drawn * b.batch_size for b in batches)
+        images = sum(b.drawn * b.batch_size for b in self._batches)
         row = {"step": self.step, "seconds": round(self._elapsed(), 3), "images": images}
         self.log.add(row | values)
 
@@ -340,16 +329,14 @@ class Run:
                 pictures.to_sheet(images).save(path)
 
     def score(self):
-        """The row of metrics.csv for this step. A signal ends scoring, which a resume redoes."""
+        """The row of metrics.csv for this step; None where a signal came: a resume scores it."""
         if self._logged(self.metrics):
             return self.metrics.rows[-1]
-        row = None
-        if self._writes:
-            row = self._signals.interruptible(self._score)
+        row = self._signals.interruptible(self._score) if self._writes else None
         row = processes.broadcast(row)
         if row is None:
-            self._next_agreement = self.step
-            self._stop_if_signalled()
+            self._next_agreement = self.step  # at once, outside, where random numbers are in place
+            return None
         self._details = {k: v for k, v in row.items() if isinstance(v, dict)}
         row = {k: v for k, v in row.items() if k not in self._details}
         self.metrics.add({"step": self.step, "seconds": round(self.seconds, 3)} | row)
@@ -362,21 +349,28 @@ class Run:
         if self._losses:
             self._log()
         with self._paused():
-            self.draw()
             self.save()
+            self.draw()
             row = self.score()
-        terminal.close()
+        if row is None:
+            self._stop_if_signalled()
         if self._writes:
             with files.writing(self.folder):
                 average = self.nets["generator_ema"].state_dict()
                 average = {k: v.cpu() for k, v in average.items()}  # loads where there is no GPU
                 files.save_tensors(self.folder / "generator.pt", average)
-                a = self.args
-                on = {"dataset": a.dataset, "image_size": a.image_size, "trained_in": a.precision}
-                on |= {"sampled_in": "fp32"} | self._details.pop("measured_on", {})
-                final = {k: files.as_number(v) for k, v in row.items()} | self._details
-                files.write_json(self.folder / "metrics.json", final | {"measured_on": on})
+                self._write_final(row)
                 pictures.of_run(self.folder)
             terminal.result(pictures.summary(self.folder))
         self._signals.release()
         return self.folder
+
+    def _write_final(self, row):
+        path, a = self.folder / "metrics.json", self.args
+        if path.exists() and self._details is None:  # a finished run, resumed: it is of this row
+            return
+        more = self._details or {}
+        on = {"dataset": a.dataset, "image_size": a.image_size, "trained_in": a.precision}
+        on |= {"sampled_in": "fp32"} | more.pop("measured_on", {})
+        final = {k: files.as_number(v) for k, v in row.items()} | more
+        files.write_json(path, final | {"measured_on": on})

@@ -60,6 +60,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
 
 
+@pytest.fixture(autouse=True)
+def terminal_of_its_own():
+    """A run with quiet=True must not silence the tests after it."""
+    from common import terminal
+
+    terminal.quiet = False
+
+
 @pytest.fixture
 def data_dir(request):
     """The folder given by --data-dir, as a Path."""

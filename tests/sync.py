@@ -14,13 +14,16 @@ class ByName(TorchFunctionMode):
     """Raises at what is asked of a tensor in Python and makes a GPU's host wait."""
 
     names = set(
-        "item tolist __bool__ __int__ __float__ __index__ __contains__ cpu numpy __array__ nonzero".split()
+        "item tolist __bool__ __int__ __float__ __index__ __contains__ cpu numpy __array__ "
+        "nonzero".split()
     )
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(f, "__name__", "")
-        to_cpu = name == "to" and "cpu" in map(str, (*args[1:], *kwargs.values()))
+        # a torch.device is that of another tensor, which is the CPU here and a GPU there
+        words = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, str)]
+        to_cpu = name == "to" and "cpu" in words
         if name in self.names or to_cpu:
             raise Waited(f"{name} waits for the device")
         return f(*args, **kwargs)

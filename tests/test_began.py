@@ -300,8 +300,9 @@ def test_d_is_not_taught_to_rebuild_generated_images():
 
 def test_losses_and_k_are_those_of_the_definitions():
     nets, update_d, update_g, state, args = made(gamma=0.9, lambda_k=0.5)
-    inputs, outputs = [], []
+    inputs, outputs, fakes = [], [], []
     d = nets["discriminator"]
+    nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
     d.register_forward_pre_hook(lambda net, x: inputs.append(x[0].detach()))
     d.register_forward_hook(lambda net, x, y: outputs.append(y.detach()))
     k = 0.0
@@ -309,9 +310,11 @@ def test_losses_and_k_are_those_of_the_definitions():
         logs = update_d(images())
         error = (outputs[-1] - inputs[-1]).abs()
         real, fake = error[:8].mean(), error[8:].mean()
+        assert torch.equal(inputs[-1], torch.cat([images(), fakes[-1]]))  # real first
         torch.testing.assert_close(logs["loss_d"], real - k * fake)
         torch.testing.assert_close(logs["loss_real"], real)
         logs = update_g()
+        assert torch.equal(inputs[-1], fakes[-1])
         loss_g = (outputs[-1] - inputs[-1]).abs().mean()
         torch.testing.assert_close(logs["loss_g"], loss_g)
         k = min(1, max(0, k + 0.5 * (0.9 * real.item() - loss_g.item())))  # of G's own images

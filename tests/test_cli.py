@@ -112,6 +112,19 @@ def test_types_and_ranges_are_checked_from_python_too(changes, said, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "words, wanted",
+    [("--quiet", True), ("--no-quiet", False), ("--quiet on", True), ("--quiet off --lr 1", False)],
+)
+def test_switches_are_spelt_in_two_ways(words, wanted):
+    assert cli.parse(script("lsgan").Args, words.split()).quiet is wanted
+
+
+def test_a_switch_is_on_or_off():
+    with pytest.raises(ValueError, match="quiet.*wanted on or off, got maybe"):
+        cli.parse(script("lsgan").Args, ["--quiet", "maybe"])
+
+
 # ---- exit codes
 
 

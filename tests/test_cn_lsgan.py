@@ -6,6 +6,7 @@ from torch import nn
 import cn_lsgan
 import lsgan
 from cn_lsgan import discriminator_loss, generator_loss, reconstruction_constraint
+from common import cli
 from tests.helpers import LinearCritic, Recorder, assert_same, states, tiny, trained
 
 OFF = {"lambda_gp": 0.0, "lambda_rec": 0.0}
@@ -206,4 +207,4 @@ def test_the_target_reaches_the_update(target):
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_bad_values_are_named(key, value):
     with pytest.raises(ValueError, match=key):
-        cn_lsgan.Args(**{key: value})
+        cli.check(cn_lsgan.Args(**{key: value}))

@@ -92,6 +92,8 @@ def test_other_sizes_are_resized_from_the_padded_32(tmp_path, monkeypatch):
         expected = Image.fromarray(at_32.numpy()).resize((size, size), Image.Resampling.BICUBIC)
         assert np.array_equal(digits.test.images[7, 0].numpy(), np.asarray(expected))
         assert digits.images.shape == (20, 1, size, size)
+    monkeypatch.setattr(data, "DIGITS", (8, 4))
+    assert len(data.load_images("digits", cache_dir=tmp_path)) == 8
 
 
 @pytest.mark.parametrize("stem, spoil", [
@@ -118,6 +120,7 @@ def test_cut_and_foreign_files_are_refused_in_one_line(
     with pytest.raises(ValueError, match="fashion") as e:
         data.load_images("fashion", tmp_path, cache_dir=tmp_path / "cache")
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    assert "urlopen" not in str(e.value)  # what a person put there is not replaced
     assert before == {f: f.read_bytes() for f in raw.iterdir() if f.name == stem}
 
 

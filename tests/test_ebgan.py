@@ -207,7 +207,7 @@ def test_networks_of_every_size(image_size, channels):
     nets = ebgan.build(tiny("ebgan", image_size=image_size, channels=channels, code_dim=6))
     x = nets["generator"](torch.randn(3, 8))
     assert x.shape == (3, channels, image_size, image_size) and x.abs().max() <= 1
-    d = nets["discriminator"]
+    d = nets["discriminator"].eval()
     code = d.encoder(x)
     assert code.shape == (3, 6)  # the bottleneck
     torch.testing.assert_close(d(x), d.decoder(code))
@@ -259,18 +259,20 @@ def test_every_image_goes_through_d_in_one_call_and_z_is_fresh():
 def test_losses_are_those_of_the_definitions():
     """Loss of each update against the formula, on the images that D saw and the codes it gave."""
     nets, update_d, update_g, _, args = made(lambda_pt=0.3, margin=0.9)
-    d, inputs, codes, outputs = nets["discriminator"], [], [], []
+    d, inputs, codes, outputs, fakes = nets["discriminator"], [], [], [], []
+    nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
     d.encoder.register_forward_pre_hook(lambda net, x: inputs.append(x[0].detach()))
     d.encoder.register_forward_hook(lambda net, x, y: codes.append(y.detach()))
     d.decoder.register_forward_hook(lambda net, x, y: outputs.append(y.detach()))
     logs = update_d(images())
     e_real, e_fake = (outputs[0] - inputs[0]).square().mean((1, 2, 3)).chunk(2)
-    assert torch.equal(inputs[0][:8], images())
+    assert torch.equal(inputs[0], torch.cat([images(), fakes[0]]))  # real first
     torch.testing.assert_close(logs["loss_d"], e_real.mean() + F.relu(0.9 - e_fake).mean())
     torch.testing.assert_close(logs["energy_real"], e_real.mean())
     torch.testing.assert_close(logs["energy_fake"], e_fake.mean())
     assert logs["active"] == (e_fake < 0.9).float().mean()
     logs = update_g()
+    assert torch.equal(inputs[1], fakes[1])
     pt = pulling_away_term(codes[1])
     torch.testing.assert_close(logs["pt"], pt)
     torch.testing.assert_close(logs["loss_g"], (outputs[1] - inputs[1]).square().mean() + 0.3 * pt)
@@ -301,7 +303,7 @@ def test_without_the_term_its_work_is_left_out(monkeypatch):
 
 def test_at_margin_zero_d_is_an_auto_encoder_of_real_images():
     nets, update_d, _, _, args = made(margin=0.0)
-    d = nets["discriminator"]
+    d = nets["discriminator"].eval()
     energy(d(images()), images()).mean().backward()
     wanted = [p.grad for p in d.parameters()]
     d.zero_grad(set_to_none=True)
@@ -352,6 +354,15 @@ def test_precision_is_that_of_the_convolutions_and_not_of_the_losses(precision, 
     assert {v.dtype for v in logs.values()} == {torch.float32}
 
 
+def test_reconstructions_leave_d_as_it_is():
+    nets = made()[0]
+    before = {k: v.clone() for k, v in states(nets).items()}
+    random, x = torch.get_rng_state(), images(3)
+    assert torch.equal(ebgan.reconstruct(nets, x), ebgan.reconstruct(nets, x))
+    assert_same(before, states(nets))
+    assert torch.equal(random, torch.get_rng_state()) and nets["discriminator"].training
+
+
 # ---- margin over the run, warm-up
 
 
@@ -372,7 +383,7 @@ def test_margin_in_the_state_is_what_d_obeys():
 
 def test_warm_up_trains_d_on_real_images_alone_and_is_counted():
     nets, _, _, state, args = made()
-    d = nets["discriminator"]
+    d = nets["discriminator"].eval()  # or each call would move the vectors of spectral_norm
 
     def all_but_d():
         return {k: v.clone() for k, v in states(nets).items() if not k.startswith("discriminator")}

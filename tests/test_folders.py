@@ -101,7 +101,7 @@ def test_splits_are_found_by_what_people_call_them_with_common_labels(train, tes
     (("train", "test", "val"), [2]), (("train", "val", "test"), [3]), (("train",), None),
 ])
 def test_where_test_and_val_are_there_test_is_held_out(names, held_out, pictures, capsys):
-    tree(pictures, *names)
+    tree(pictures, *names, ".thumbnails")
     images = load(pictures)
     assert level(images) == [1] and level(images.test) == held_out
     assert not capsys.readouterr().err
@@ -454,11 +454,10 @@ def test_shrinking_is_antialiased(pictures):
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_without_harm(pictures):
-    y, x = np.indices((600, 800))
-    pixels = np.stack([x * 255 // 799, y * 255 // 599, 128 + 0 * x], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(pictures / "x.jpg", quality=95)
-    middle = Image.fromarray(pixels[:, 100:700]).resize((8, 8), Image.Resampling.BICUBIC)
-    found = load(pictures, 8).images[0].permute(1, 2, 0).int().numpy()
+    image = Image.fromarray(noise(0, 60, 80, 3)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    image.save(pictures / "x.jpg", quality=95)
+    middle = image.crop((200, 0, 1400, 1200)).resize((64, 64), Image.Resampling.BICUBIC)
+    found = load(pictures, 64).images[0].permute(1, 2, 0).int().numpy()
     assert np.abs(found - np.asarray(middle)).max() <= 3
 
 
@@ -569,6 +568,15 @@ def test_a_folder_is_decoded_anew_when_a_file_changes_and_only_then(pictures, mo
     os.utime(pictures / "x.png", ns=(10**18, 10**18))  # in place, as large, of the same time
     assert (pictures / "x.png").stat().st_size == size
     assert load(pictures).images[0, :, 0, 0].tolist() == [4, 2, 3]
+
+
+def test_another_size_and_another_way_of_reading_are_entries_of_their_own(pictures):
+    pixels = noise(0, 30, 40, 3)
+    Image.fromarray(pixels).save(pictures / "x.png")
+    small, large = load(pictures, 8), load(pictures, 16)
+    middle = Image.fromarray(pixels[:, 5:35]).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(large.images[0].permute(1, 2, 0).numpy(), np.asarray(middle))
+    assert small.images.shape == (1, 3, 8, 8) and pairs(pictures, 16).channels == (3, 3)
 
 
 def test_folders_that_differ_in_where_they_lie_alone_are_two_entries(tmp_path):

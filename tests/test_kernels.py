@@ -90,10 +90,8 @@ def test_the_benchmark_runs_to_its_end_without_a_gpu(tmp_path):
     done = subprocess.run([*command, "--json", tmp_path / "k.json"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "k.json").read_text())["rows"]
-    assert {r["what"].split()[0] for r in rows if "shape" in r} == set(kernels.__all__)
-    assert {"icr_gan update_d", "icr_gan update_g"} <= {r["what"] for r in rows}
-    for r in rows:
-        assert r["measured"] == (r["impl"] == "eager" or r["impl"] == "torch" and not r["graph"])
+    assert {r["what"].split()[0] for r in rows} == set(kernels.__all__)
+    assert all(r["measured"] == (r["impl"] == "eager") for r in rows)
     assert done.stdout.count("not measured") == sum(not r["measured"] for r in rows)
     assert sorted(results.glob("*")) == before  # figures of a CPU are not kept unless asked for
 

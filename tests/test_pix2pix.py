@@ -16,7 +16,8 @@ LN2 = math.log(2)
 
 def arguments(**changes):
     tiny = dict(steps=2, batch_size=3, image_size=16, width=4, patch_layers=1, device="cpu")
-    return pix2pix.Args(**(tiny | dict(precision="fp32", channels_a=3, channels_b=3) | changes))
+    tiny |= dict(precision="fp32", channels_a=3, channels_b=3, jitter=True)
+    return pix2pix.Args(**(tiny | changes))
 
 
 def pairs(args, seed=1):
@@ -252,6 +253,18 @@ def test_gradients_reach_the_network_of_each_loss_and_no_other():
     assert all(after) and all(torch.equal(a, b) for a, b in zip(of_d, later))  # nor G's for D
 
 
+def test_gradients_of_one_update_do_not_add_to_those_of_the_last():
+    args = arguments(lr=0.0)
+    nets = pix2pix.build(args)
+    update, grads = pix2pix.updates(nets, args)[0], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        update(pairs(args))
+        trained = [*nets["generator"].parameters(), *nets["discriminator"].parameters()]
+        grads.append([p.grad.clone() for p in trained])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_g_meets_the_discriminator_after_its_step_and_one_translation_serves_both():
     args = arguments()
     nets = pix2pix.build(args)
@@ -397,10 +410,10 @@ def test_every_pair_is_moved_by_its_own_amount():
 def test_jitter_cuts_from_the_enlarged_image():
     """A linear ramp gets flatter by 256/286."""
     torch.manual_seed(0)
-    ramp = torch.linspace(-1, 1, 256).expand(8, 2, 256, 256)
+    ramp = torch.linspace(-1, 1, 128).expand(8, 2, 128, 128)  # 143 px when enlarged
     out = pix2pix.jittered(ramp, mirror=False)
-    slope = (out[..., 200] - out[..., 50]) / 150
-    expected = torch.full_like(slope, 2 / 255 * 256 / 286)
+    slope = (out[..., 100] - out[..., 20]) / 80
+    expected = torch.full_like(slope, 2 / 127 * 128 / 143)
     torch.testing.assert_close(slope, expected, rtol=1e-2, atol=0)
     mirrored = pix2pix.jittered(ramp, enlarge=False)
     for image in mirrored:

@@ -208,7 +208,7 @@ def test_clip_beside_a_penalty_is_bad_input():
 @pytest.mark.parametrize("key, value", [("clip", -0.1), ("clip", float("nan")), ("lambda_gp", -1.0), ("lambda_gp", float("inf")), ("lr", 0.0)])
 def test_bad_values_are_named(key, value):
     with pytest.raises(ValueError, match=key):
-        wgan_gp.Args(**{key: value})
+        cli.check(wgan_gp.Args(**{key: value}))
 
 
 def test_weights_of_d_alone_stay_within_clip_after_each_update():
@@ -254,7 +254,7 @@ def test_d_is_updated_five_times_before_each_update_of_g_across_epochs(tmp_path,
     folder = wgan_gp.main(args)
     assert "".join(order) == "dddddg" * 4  # 20 batches of 8 from 27 images: an epoch ends every third
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert (saved["step"], saved["drawn"]) == (4, 20)
+    assert (saved["step"], saved["state"]["batches"]["drawn"]) == (4, 20)
     steps = {key: {int(s["step"]) for s in saved["state"][key]["state"].values()} for key in ("opt_d", "opt_g")}
     assert steps == {"opt_d": {20}, "opt_g": {4}}
 

@@ -22,6 +22,8 @@ import tarfile
 import tempfile
 import time
 from datetime import datetime
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +69,7 @@ def parts(cuda, a, work):
 
     if not cuda:
         small = f"{work}/kernels.json"
-        few = ["--shapes", "8,3,16,16", "--repeats", "1", "--no-updates", "--json", small]
+        few = ["--shapes", "8,3,16,16", "--repeats", "1", "--json", small]
         tiny = "--width 4 --batch-size 4 --rounds 1 --round-s 0 --sizes default --json".split()
         found = [
             Part("tests", "-m pytest -q tests/test_augment.py -k equals_the_scripts".split(), 0.2),
@@ -75,7 +77,8 @@ def parts(cuda, a, work):
         ]
         for name in ("lsgan", "icr_gan"):
             path = f"{work}/train-{name}.json"
-            found.append(Part(f"updates of {name}", [*bench, "--scripts", name, *tiny, path], 0.2, path))
+            words = [*bench, "--scripts", name, *tiny, path]
+            found.append(Part(f"updates of {name}", words, 0.2, path))
         found.append(runs("lsgan", "digits", "lsgan", 0.1, "--eval-samples", "500", "--width", "8"))
         path = f"{work}/profile.json"
         found.append(Part("profile", ["-m", "tests.benchmarks.gpu", "--profile", path], 0.2, path))
@@ -171,8 +174,9 @@ def summary(part, code, seconds, log, work):
     """A row of the table: dict of what a part came to."""
     text = log.read_text(errors="replace").strip()
     lines = text.splitlines() or [""]
-    said = next((m for m in reversed(lines) if re.search(r"\d+ passed|\d+ failed|\bFID\b", m)), lines[-1])
-    row = {"part": part.name, "code": code, "seconds": round(seconds, 1), "said": said.strip(" =")[:160]}
+    telling = [m for m in lines if re.search(r"\d+ passed|\d+ failed|\bFID\b", m)]
+    said = (telling or lines)[-1].strip(" =")[:160]
+    row = {"part": part.name, "code": code, "seconds": round(seconds, 1), "said": said}
     if part.result and Path(part.result).exists():
         row["result"] = json.loads(Path(part.result).read_text())
     for folder in (work / part.name).glob("*/"):
@@ -238,7 +242,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
-        "triton": getattr(sys.modules.get("triton"), "__version__", None),
+        "triton": metadata.version("triton") if find_spec("triton") else None,
         "python": platform.python_version(), "cores": machine.cores(),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
     }  # fmt: skip

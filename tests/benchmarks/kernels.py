@@ -1,7 +1,7 @@
-"""Time of every kernel against eager PyTorch and torch.compile, and of whole updates with them.
+"""Time of every kernel against eager PyTorch and torch.compile; train.py times whole updates.
 
     python -m tests.benchmarks.kernels                       # all of it; minutes on a GPU
-    python -m tests.benchmarks.kernels --shapes 64,1,32,32 --no-updates
+    python -m tests.benchmarks.kernels --shapes 64,1,32,32
 
 Results are compared with float64 before anything is timed. ms is the median of calls as a script
 makes them, launches from Python included; graph ms the same calls replayed as a CUDA graph. GB/s
@@ -31,13 +31,9 @@ from tests.kernel_helpers import captured, error
 
 SHAPES = ["64,1,32,32", "64,3,64,64", "64,3,128,128", "64,3,256,256", "256,3,256,256"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-UPDATES = {  # what a script's update is timed with, besides its defaults
-    "icr_gan": [{}, {"image_size": 64, "width": 64}],
-    "wgan_gp": [{}, {"image_size": 64, "width": 64}],
-    "cn_lsgan": [{}],
-}
 CACHE = 2**28  # bytes written between calls: several times the cache of an H100
-HEAD = f"{'what':28}{'shape':20}{'dtype':6}{'':9}{'ms':>9}{'p20':>9}{'p80':>9}{'graph ms':>10}{'GB/s':>8}{'copy':>8}{'share':>7}{'vs eager':>9}"
+HEAD = f"{'what':28}{'shape':20}{'dtype':6}{'':9}{'ms':>9}{'p20':>9}{'p80':>9}{'graph ms':>10}"
+HEAD += f"{'GB/s':>8}{'copy':>8}{'share':>7}{'vs eager':>9}"
 
 
 @dataclass
@@ -78,12 +74,15 @@ def cases(shape, dtype, device):
         with_grad = [Case(f"{name} both", plain, fused, both, bytes[1], shape)] if inputs else []
         return [Case(name, plain, fused, lambda fn: [forward(fn)], bytes[0], shape), *with_grad]
 
+    def icr(fn):
+        return fn(scores, 10.0, 10.0, 5.0)[0]
+
     return [
         *case("interpolate", [3 * e], lambda fn: fn(real, fake, eps)),
         *case("augment", [2 * e], lambda fn: fn(real, flip, dx, dy)),
         *case("gradient_penalty", [e, 3 * e], lambda fn: fn(a), [a]),
         *case("consistency", [2 * e, 6 * e], lambda fn: fn(a, b, 0.5), [a, b]),
-        *case("icr_d_loss", [s, 3 * s], lambda fn: fn(scores, 10.0, 10.0, 5.0)[0], [scores], scores.shape),
+        *case("icr_d_loss", [s, 3 * s], icr, [scores], scores.shape),
     ]
 
 
@@ -131,14 +130,15 @@ def implementations(case, device):
         found["triton"] = lambda: case.call(case.fused)
 
     def exact(*args):
-        as64 = (t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args)
-        return case.plain(*as64)
+        tensors = [torch.is_tensor(t) and t.is_floating_point() for t in args]
+        return case.plain(*(t.double() if is_one else t for t, is_one in zip(args, tensors)))
 
     want = case.call(exact)
     for name, call in found.items():
         for got, right in zip(call(), want):
             bound = 1e-5 if got.dtype == torch.float32 else 1e-2
-            assert error(got, right) <= bound, f"{case.name} by {name} is wrong: {error(got, right):.1e}"
+            off = error(got, right)
+            assert off <= bound, f"{case.name} by {name} is wrong: {off:.1e}"
     return found
 
 
@@ -156,7 +156,8 @@ def measure(case, dtype, device, repeats):
     copy = 2 * x.numel() * x.element_size() / statistics.median(times.pop("copy")) / 1e6
     rows = []
     for name in ("eager", "compile", "triton"):
-        row = dict(what=case.name, shape=list(case.shape), dtype=dtype, impl=name, measured=name in times)
+        row = dict(what=case.name, shape=list(case.shape), dtype=dtype, impl=name)
+        row["measured"] = name in times
         if name in times:
             row |= quantiles(times[name])
             best = graphs.get(name, row["ms"])  # bandwidth is what the device reaches, not Python
@@ -168,67 +169,29 @@ def measure(case, dtype, device, repeats):
     return rows
 
 
-def updates(device, repeats):
-    """Time of update_d and update_g of the scripts, plain and with kernels, each with a graph or not."""
-    rows = []
-    cuda = device.type == "cuda"
-    for script, settings in UPDATES.items():
-        try:
-            module = importlib.import_module(script)
-        except ModuleNotFoundError:
-            continue
-        for changes in settings if cuda else settings[:1]:
-            calls = {}
-            for impl in ("torch", "triton") if cuda else ("torch",):
-                args = module.Args(device=str(device), precision="bf16", **changes)
-                torch.manual_seed(0)
-                nets = module.build(args)
-                update_d, update_g, _ = module.updates(nets, args, kernels if impl == "triton" else None)
-                real = torch.rand(args.batch_size, 1, args.image_size, args.image_size, device=device) * 2 - 1
-                for name, update in (("d", lambda f=update_d, x=real: f(x)), ("g", update_g)):
-                    calls[name, impl, False] = update
-                    if cuda:
-                        calls[name, impl, True] = captured(update)[0]
-            times = timed(calls, device, repeats)
-            for name in ("d", "g"):
-                plain = statistics.median(times[name, "torch", False])
-                for impl in ("torch", "triton"):
-                    for graph in (False, True):
-                        key = name, impl, graph
-                        row = dict(what=f"{script} update_{name}", settings=changes, impl=impl, graph=graph)
-                        row |= dict(measured=key in times)
-                        if key in times:
-                            row |= quantiles(times[key])
-                            row |= dict(vs_eager=plain / row["ms"])
-                        rows.append(row)
-    return rows
-
-
 # ---- output ----------------------------------------------------------------------------------
 
 
 def line(row):
-    if "shape" in row:
-        start = f"{row['what']:28}{'x'.join(map(str, row['shape'])):20}{row['dtype']:6}{row['impl']:9}"
-    else:
-        changes = ",".join(f"{k}={v}" for k, v in row["settings"].items()) or "defaults"
-        start = f"{row['what']:28}{changes:26}{row['impl'] + ' graph' * row['graph']:14}"
+    shape = "x".join(map(str, row["shape"]))
+    start = f"{row['what']:28}{shape:20}{row['dtype']:6}{row['impl']:9}"
     if not row["measured"]:
         return start + "not measured"
     text = start + "".join(f"{row[k]:9.4f}" for k in ("ms", "p20", "p80"))
-    if "shape" in row:
-        text += f"{row['graph_ms']:10.4f}" if row["graph_ms"] else " " * 10
-        text += f"{row['gb_s']:8.0f}{row['copy_gb_s']:8.0f}{row['share']:7.0%}"
+    text += f"{row['graph_ms']:10.4f}" if row["graph_ms"] else " " * 10
+    text += f"{row['gb_s']:8.0f}{row['copy_gb_s']:8.0f}{row['share']:7.0%}"
     return text + f"{row['vs_eager']:8.2f}x"
 
 
 def main(argv=None):
     parser = cli.Parser(prog="python -m tests.benchmarks.kernels", description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,C,H,W", help=f"[{' '.join(SHAPES)}]")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="[fp32 bf16]")
-    parser.add_argument("--repeats", type=int, help="calls per figure [100 on a GPU, else 3]")
-    parser.add_argument("--no-updates", action="store_true", help="leave out the updates of the scripts")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where the rows go")
+    for flag, options, text in (
+        ("--shapes", {"nargs": "+", "default": SHAPES, "metavar": "N,C,H,W"}, " ".join(SHAPES)),
+        ("--dtypes", {"nargs": "+", "default": list(DTYPES), "choices": DTYPES}, "fp32 bf16"),
+        ("--repeats", {"type": int}, "100 on a GPU, else 3"),
+        ("--json", {"type": Path, "metavar": "FILE"}, "on a GPU tests/benchmarks/results/"),
+    ):
+        parser.add_argument(flag, help=f"[{text}]", **options)
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -239,7 +202,8 @@ def main(argv=None):
     versions = dict(torch=torch.__version__)
     if cuda:
         versions["triton"] = importlib.import_module("triton").__version__
-    about = dict(device=name, versions=versions, date=datetime.date.today().isoformat(), repeats=repeats)
+    today = datetime.date.today().isoformat()
+    about = dict(device=name, versions=versions, date=today, repeats=repeats)
     path = args.json
     if path is None and cuda:
         file = f"kernels-{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
@@ -266,9 +230,6 @@ def main(argv=None):
                     continue  # scores are float32 under every precision, and one row for each N
                 found = measure(case, dtype, device, repeats)
                 keep(found, map(line, found))
-    if not args.no_updates:
-        found = updates(device, repeats)
-        keep(found, map(line, found))
     if path:
         terminal.result(str(path))
 

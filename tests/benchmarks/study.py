@@ -1,15 +1,16 @@
 """Every method at equal cost, with a spread: trains them all, keeps one csv, draws what it says.
 
-    python -m tests.benchmarks.study --minutes 3 --seeds 3              # equal time
-    python -m tests.benchmarks.study --minutes 3 --seeds 3 --subset 500 # the same on little data
-    python -m tests.benchmarks.study --steps 4000 --methods lsgan,icr   # equal updates of G
-    python -m tests.benchmarks.study --minutes 1 --settings 16          # random hyper-parameters
-    python -m tests.benchmarks.study --report                           # from the csv alone
+    python -m tests.benchmarks.study --minutes 3 --seeds 3                # equal time
+    python -m tests.benchmarks.study --minutes 3 --seeds 3 --subset 500   # the same on little data
+    python -m tests.benchmarks.study --steps 4000 --methods lsgan,icr-.05 # equal updates of G
+    python -m tests.benchmarks.study --minutes 1 --settings 16            # random hyper-parameters
+    python -m tests.benchmarks.study --report                             # from the csv alone
 
 Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
---jobs N of them train at once, which slows all alike. A row of the csv is a finished run: what is
-there is not trained again, so a study that was interrupted goes on, and a second one adds to it.
-lsgan with seed 0 is trained again after every few runs, as `reference`: its spread is the machine's.
+--jobs N of them train at once, which slows all alike. A row of the csv is a run that has ended:
+it is not made again, so a study that was interrupted goes on, and a second one adds to it.
+lsgan with seed 0 is trained again after every few runs, as `reference`, which shows the machine's
+part in a spread.
 
 --settings K: K random draws of every method's hyper-parameters from RANGES, draw k of a method the
 same wherever it is made. The curve is the smallest distance that R of them reach on average
@@ -47,6 +48,7 @@ from tests.benchmarks import study_report
 ROOT = Path(__file__).parents[2]
 PAPER = "--lambda-real 10 --lambda-fake 10 --lambda-dis 5 --lambda-gen 0.5"
 OFF = "--lambda-real 0 --lambda-fake 0 --lambda-dis 0 --lambda-gen 0"
+BCR = f"icr_gan.py {OFF} --lambda-real 10 --lambda-fake 10"
 METHODS = {  # name: command, and the distance that the course behind this project reports on digits
     "lsgan": ("lsgan.py", 26.58),
     "vanilla": ("lsgan.py --loss vanilla", None),
@@ -62,12 +64,17 @@ METHODS = {  # name: command, and the distance that the course behind this proje
     "icr-.05": ("icr_gan.py --sigma 0.05", 60.286),
     "icr-.1": ("icr_gan.py --sigma 0.1", 54.920),
     "cr": (f"icr_gan.py {OFF} --lambda-real 10", None),
-    "bcr": (f"icr_gan.py {OFF} --lambda-real 10 --lambda-fake 10", None),
+    "bcr": (BCR, None),
     "zcr": (f"icr_gan.py {OFF} --lambda-dis 5 --lambda-gen 0.5", None),
     # the course's mistake, on purpose: digits mirrored, and the paper's weights on scores of [0, 1]
     "icr-course": (f"icr_gan.py {PAPER} --sigma 0.03 --flip on --shift 0", 61.626),
 }
-OTHERS = {  # only where --methods names them: on data and with scores of their own
+OTHERS = {  # only where --methods names them: consistency on a share of the images,
+    "icr-half": ("icr_gan.py --sigma 0.05 --consistency-share 0.5", None),
+    "icr-quarter": ("icr_gan.py --sigma 0.05 --consistency-share 0.25", None),
+    "icr-eighth": ("icr_gan.py --sigma 0.05 --consistency-share 0.125", None),
+    "bcr-quarter": (f"{BCR} --consistency-share 0.25", None),
+    # and image to image, on data and with scores of their own
     "pix2pix": ("pix2pix.py --dataset blueprints", None),
     "cyclegan": ("cyclegan.py --dataset stripes", None),
 }
@@ -117,7 +124,7 @@ def drawn(name, words, k):
 
 
 def listed(a):
-    """The runs that arguments a ask for, in the order of the work, as dicts of KEY, args and words."""
+    """The runs that arguments a ask for, in the order of the work, as dicts of KEY and args."""
     methods, jobs = METHODS | OTHERS, []
 
     def add(method, command, seed, setting):
@@ -139,7 +146,7 @@ def listed(a):
     for seed in range(a.seeds):
         for setting in range(1, a.settings + 1) if a.settings else (0,):
             for name in usable:
-                if done % REFERENCE_EVERY == 0 and a.references:
+                if done % REFERENCE_EVERY == 0 and not a.no_reference:
                     add("reference", METHODS[BASE][0], 0, done // REFERENCE_EVERY)
                 add(name, methods[name][0], seed, setting)
                 done += 1
@@ -173,8 +180,10 @@ class Study:
             with self.lock:
                 if self.stopping:
                     return -signal.SIGTERM, "", "stopped"
-                env = os.environ | {"OMP_NUM_THREADS": "1"}
-                process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=out, stderr=err)
+                process = subprocess.Popen(
+                    [sys.executable, *words], cwd=ROOT, stdout=out, stderr=err,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
                 self.running.add(process)
             try:
                 process.wait(limit)
@@ -196,53 +205,60 @@ class Study:
     def shared(self):
         """Arguments that all runs have."""
         a = self.a
-        words = f"--threads 1 --precision {a.precision} --eval-samples {a.n} --sample-every 0 --quiet".split()
-        return [*words, "--device", a.device, "--data-dir", a.data_dir, "--cache-dir", a.cache_dir]
+        words = f"--threads 1 --precision {a.precision} --eval-samples {a.n} --sample-every 0"
+        words = [*words.split(), "--quiet", "--device", a.device, "--data-dir", a.data_dir]
+        return [*words, "--cache-dir", a.cache_dir]
 
     def prepare(self):
         """Fill the caches once, before many processes would fill them at once."""
         out = str(self.out_dir / "first")
-        words = [*self.shared(), "--steps", "1", "--dataset", self.a.dataset, "--eval-every", "0", "--out-dir", out]
-        code, _, said = self.command("lsgan.py", *words)
+        words = ["--steps", "1", "--dataset", self.a.dataset, "--eval-every", "0", "--out-dir", out]
+        code, _, said = self.command("lsgan.py", *self.shared(), *words)
         if code and not self.stopping:
             raise cli.Diverged(f"a first step of lsgan.py failed: {said}")
         shutil.rmtree(out, ignore_errors=True)
 
     def control(self, folder):
         a = self.a
-        if not a.control:
+        if a.no_control:
             return ""
-        words = ["--score", folder, "--n", str(a.n), "--data-dir", a.data_dir, "--cache-dir", a.cache_dir]
+        words = ["-m", "tests.benchmarks.study", "--n", str(a.n)]
+        words += ["--data-dir", a.data_dir, "--cache-dir", a.cache_dir, "--score"]
         with self.scoring:  # the first call trains the classifier, for which the others wait
             if not self.scored:
-                self.command("-m", "tests.benchmarks.study", *words[2:], "--score", "")
+                self.command(*words, "")
                 self.scored = True
-        code, text, said = self.command("-m", "tests.benchmarks.study", *words)
+        code, text, said = self.command(*words, folder)
         if code and not self.stopping:
             terminal.warn(f"no control of {folder}: {said}")
         return text.split()[-1] if not code else ""
 
     scoring, scored = threading.Lock(), False
 
+    def words_of(self, job, out):
+        """The command line of a job, whose run folder is made in out."""
+        a = self.a
+        words = shlex.split(job["args"]) + self.shared()
+        words += ["--max-minutes", str(a.minutes)] if a.minutes else ["--steps", str(a.steps)]
+        words += ["--seed", job["seed"], "--out-dir", str(out)]
+        words += [] if "--dataset" in words else ["--dataset", a.dataset]
+        words += ["--subset", str(a.subset)] if a.subset else []
+        if a.evals == 1:
+            return [*words, "--eval-every", "0"]
+        steps = a.steps or 60 * a.minutes * self.rates.get(job["method"], 1000 / 60 / a.minutes)
+        return [*words, "--eval-every", str(max(1, math.ceil(steps / a.evals)))]
+
     def run(self, job):
-        """Train one job and keep its row; says nothing of a run that was stopped."""
+        """Train one job and keep its row; nothing of a run that was stopped."""
         a, began = self.a, time.monotonic()
         out = Path(tempfile.mkdtemp(dir=self.out_dir))
-        path, *words = shlex.split(job["args"])
-        budget = ["--max-minutes", str(a.minutes)] if a.minutes else ["--steps", str(a.steps)]
-        expected = a.steps or 60 * a.minutes * self.rates.get(job["method"], 1000 / 60 / a.minutes)
-        words += [*self.shared(), *budget, "--seed", job["seed"], "--out-dir", str(out)]
-        words += ["--eval-every", str(math.ceil(expected / a.evals)) if a.evals > 1 else "0"]
-        if "--dataset" not in words:
-            words += ["--dataset", a.dataset]
-        if a.subset:
-            words += ["--subset", str(a.subset)]
-        # a run by the clock that is not back by then hangs
-        code, _, said = self.command(path, *words, limit=60 * (4 * a.minutes + 15) if a.minutes else None)
+        limit = 60 * (4 * a.minutes + 15) if a.minutes else None  # who is not back by then hangs
         try:
+            code, _, said = self.command(*self.words_of(job, out), limit=limit)
             if self.stopping or code < 0:
                 return
-            row = dict.fromkeys(COLUMNS, "") | job | {"torch": torch.__version__, "date": f"{date.today()}", "jobs": a.jobs}
+            row = dict.fromkeys(COLUMNS, "") | job
+            row |= {"torch": torch.__version__, "date": f"{date.today()}", "jobs": a.jobs}
             if code:
                 row["failed"] = said.removeprefix("error: ")
             else:
@@ -253,24 +269,28 @@ class Study:
             if self.stopping:
                 return
             row["wall"] = f"{time.monotonic() - began:.1f}"
-            with self.lock:
-                self.rows.append({k: str(v) for k, v in row.items()})
-                self._learn(self.rows[-1])
-                save(self.path, self.rows)
-            said = row["failed"] or ", ".join(f"{k} {row[k]}" for k in ("steps", "fid", "control") if row[k])
-            terminal.note(f"{job['method']} setting {job['setting']} seed {job['seed']}: {said}")
+            self.keep({k: str(v) for k, v in row.items()})
         finally:
-            if a.keep:
-                for folder in out.iterdir():
-                    shutil.move(folder, self.out_dir / f"{job['method']}-{job['setting']}-{job['seed']}-{folder.name}")
+            for folder in out.iterdir() if a.keep else ():
+                name = f"{job['method']}-{job['setting']}-{job['seed']}-{folder.name}"
+                shutil.move(folder, self.out_dir / name)
             shutil.rmtree(out, ignore_errors=True)
+
+    def keep(self, row):
+        with self.lock:
+            self.rows.append(row)
+            self._learn(row)
+            save(self.path, self.rows)
+        told = ", ".join(f"{k} {row[k]}" for k in ("steps", "fid", "control") if row[k])
+        name = f"{row['method']} setting {row['setting']} seed {row['seed']}"
+        terminal.note(f"{name}: {row['failed'] or told}")
 
 
 def finished(folder):
     """What the csv keeps of a run folder."""
     rows, log = files.read_csv(folder / "metrics.csv"), files.read_csv(folder / "log.csv")
     last = rows[-1]
-    found = {"steps": last["step"], "seconds": last["seconds"], "features": last.get("features", "")}
+    found = {"steps": last["step"], "seconds": last["seconds"], "features": last["features"]}
     found["images"] = log[-1]["images"] if log else ""
     found |= {k: last[k] for k in SCORES if k in last}
     return found | {"evaluations": json.dumps(rows, separators=(",", ":"))}
@@ -288,15 +308,16 @@ def first_samples(folder):
 
 
 def score(folder, a):
-    """Print the distance of a run by the yardstick's classifier; without a folder make that ready."""
+    """Print a run's distance by the yardstick's classifier; without a folder make that ready."""
     from common import data
     from tests.benchmarks import yardstick as y
 
     torch.set_num_threads(1)
-    ref = y.reference(data.load_images("mnist", a.data_dir, y.IMAGE_SIZE, 1, a.cache_dir), a.cache_dir)
+    images = data.load_images("mnist", a.data_dir, y.IMAGE_SIZE, 1, a.cache_dir)
+    ref = y.reference(images, a.cache_dir)
     if folder:
-        images = y.sample_run(*y.load_run(folder), a.n)
-        print(f"{y.frechet_from_features(ref['train'], y.extract(y.classifier_of(ref), images)):.4f}")
+        found = y.extract(y.classifier_of(ref), y.sample_run(*y.load_run(folder), a.n))
+        terminal.result(f"{y.frechet_from_features(ref['train'], found):.4f}")
 
 
 # ---- the csv ---------------------------------------------------------------------------------
@@ -322,45 +343,49 @@ def train(a, path):
     todo = [j for j in jobs if key_of(j) not in have]
     if not todo:
         return True
-    began = time.monotonic()
-    known = [float(r["wall"]) for r in rows if r["wall"] and r["budget"] == todo[0]["budget"]]
-    walls = known or [60 * a.minutes + 30 if a.minutes else 120]
 
     def left(n):
-        return f"{statistics.mean(walls) * math.ceil(n / a.jobs) / 60:.0f} min"
+        alike = [r for r in rows if r["wall"] and r["budget"] == todo[0]["budget"]]
+        found = [float(r["wall"]) for r in alike[-20:]]
+        each = statistics.mean(found) if found else 60 * a.minutes + 30 if a.minutes else 120
+        return f"{each * math.ceil(n / a.jobs) / 60:.0f} min"
 
-    terminal.note(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}; the others take about {left(len(todo))}")
+    done = f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}"
+    terminal.note(f"{done}; the others take about {left(len(todo))}")
     if a.dry_run:
         for j in todo:
-            terminal.result(f"{j['method']:12} setting {j['setting']} seed {j['seed']}  {j['args']}")
+            name = f"{j['method']:12} setting {j['setting']} seed {j['seed']}"
+            terminal.result(f"{name}  {j['args']}")
         return False
     Path(a.out_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="study-", dir=a.out_dir) as temporary:
         study = Study(a, path, rows, Path(a.out_dir if a.keep else temporary))
-
-        def give_up(*_):
-            study.stop()
-
-        before = {s: signal.signal(s, give_up) for s in (signal.SIGINT, signal.SIGTERM)}
-        with ThreadPoolExecutor(a.jobs) as pool:
-            try:
-                study.prepare()
-                open_runs = {pool.submit(study.run, j) for j in todo}
-                while open_runs and not study.stopping:
-                    done, open_runs = wait(open_runs, timeout=1, return_when=FIRST_COMPLETED)
-                    for d in done:
-                        d.result()
-                    mine = [float(r["wall"]) for r in rows[-len(todo) :] if r["wall"]]
-                    walls = mine[-2 * a.jobs :] or walls
-                    terminal.progress(f"study: {len(todo) - len(open_runs)}/{len(todo)} runs, about {left(len(open_runs))} left")
-                    if a.deadline and time.monotonic() - began > 60 * a.deadline:
-                        study.stop()
-            finally:
-                study.stop()  # also where a thread has failed
-                pool.shutdown(cancel_futures=True)
-                for s, handler in before.items():
-                    signal.signal(s, handler)
+        work(study, todo, left)
     return {key_of(j) for j in jobs} <= {key_of(r) for r in rows}
+
+
+def work(study, todo, left):
+    """Run the jobs, --jobs at once, until they, --deadline or a signal end it."""
+    a, began = study.a, time.monotonic()
+    signals = signal.SIGINT, signal.SIGTERM
+    before = {s: signal.signal(s, lambda *_: study.stop()) for s in signals}
+    with ThreadPoolExecutor(a.jobs) as pool:
+        try:
+            study.prepare()
+            running = {pool.submit(study.run, j) for j in todo}
+            while running and not study.stopping:
+                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for d in done:
+                    d.result()
+                told = f"{len(todo) - len(running)}/{len(todo)} runs"
+                terminal.progress(f"study: {told}, about {left(len(running))} left")
+                if a.deadline and time.monotonic() - began > 60 * a.deadline:
+                    study.stop()
+        finally:
+            study.stop()  # also where a thread has failed
+            pool.shutdown(cancel_futures=True)
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -372,17 +397,17 @@ def arguments(argv):
         ("--minutes", {"type": float}, "training time of each run"),
         ("--steps", {"type": int}, "or its updates of G"),
         ("--seeds", {"type": int}, "seeds of each method [3, with --settings 1]"),
-        ("--settings", {"type": int, "default": 0}, "random draws of each method's arguments in place of its own [0]"),
+        ("--settings", {"type": int, "default": 0}, "random draws of each method's arguments [0]"),
         ("--subset", {"type": int, "default": 0}, "train on only that many images [0: all]"),
-        ("--methods", {}, f"comma-separated, of {', '.join([*METHODS, *OTHERS])} [all but the last two]"),
+        ("--methods", {}, f"of {', '.join([*METHODS, *OTHERS])} [all but the last six]"),
         ("--dataset", {"default": "mnist"}, "of all of them [mnist]"),
         ("--precision", {"default": "fp32", "choices": ["fp32", "bf16"]}, "of all of them [fp32]"),
         ("--jobs", {"type": int, "default": 1}, "trainings at once [1]"),
-        ("--deadline", {"type": float}, "end after that many minutes; what trains then is trained anew next time"),
+        ("--deadline", {"type": float}, "end then, in minutes; what trains is lost"),
         ("--evals", {"type": int, "default": 4}, "evaluations of a run, about [4]"),
         ("--n", {"type": int, "default": 10000}, "images of each [10000]"),
-        ("--no-control", {"action": "store_false", "dest": "control"}, "no distance by the yardstick's classifier"),
-        ("--no-reference", {"action": "store_false", "dest": "references"}, "no repeated run"),
+        ("--no-control", {"action": "store_true"}, "no distance by the yardstick's classifier"),
+        ("--no-reference", {"action": "store_true"}, "no repeated run"),
         ("--device", {"default": "cpu"}, "cpu, cuda, cuda:1 [cpu]"),
         ("--data-dir", {"default": "data"}, "[data]"),
         ("--cache-dir", {"default": "data/cache"}, "[data/cache]"),
@@ -392,7 +417,7 @@ def arguments(argv):
         ("--report", {"action": "store_true"}, "train nothing: tables and pictures beside the csv"),
         ("--dry-run", {"action": "store_true"}, "say what is left to train"),
         ("--quiet", {"action": "store_true"}, "no progress on the terminal"),
-        ("--score", {"metavar": "RUN"}, "print the distance of one run by the yardstick's classifier"),
+        ("--score", {"metavar": "RUN"}, "print one run's distance by that classifier"),
     ):
         p.add_argument(flag, help=text, **options)
     a = p.parse_args(argv)
@@ -406,7 +431,7 @@ def arguments(argv):
         if getattr(a, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(a, name)}")
     a.seeds = a.seeds or (1 if a.settings else 3)
-    a.control = a.control and a.dataset == "mnist"
+    a.no_control = a.no_control or a.dataset != "mnist"
     return a
 
 

@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 from common import files
@@ -92,7 +93,7 @@ def by(rows, *columns):
 class Chart:
     """A picture with a logarithmic axis of distances upwards, and something linear along."""
 
-    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 860, 460, 60, 40, 50, 170
+    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 860, 520, 60, 40, 50, 170
 
     def __init__(self, title, along, last, every):
         """last: the end of the axis along; every: distances that must fit."""
@@ -127,7 +128,7 @@ class Chart:
         there = list(zip(map(self.x, xs), map(self.y, lows)))
         back = list(zip(map(self.x, xs), map(self.y, highs)))[::-1]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in there + back)
-        self.parts.append(f'<polygon points="{path}" fill="{color}" fill-opacity=".12"/>')
+        self.parts.append(f'<polygon points="{path}" fill="{color}" fill-opacity=".08"/>')
 
     def ticks_along(self, marks):
         for value, text in marks:
@@ -165,12 +166,12 @@ def budget_chart(title, methods):
     last = max(t for curve in curves.values() for t, _ in curve)
     chart = Chart(title, "seconds of training", last, [v for c in curves.values() for _, v in c])
     chart.ticks_along((last * i / 6, f"{last * i / 6:.0f}") for i in range(7))
-    for color, curve in zip(COLORS, curves.values()):
+    for color, curve in zip(cycle(COLORS), curves.values()):
         chart.line([(chart.x(t), chart.y(v)) for t, v in curve], color)
         for t, v in curve:
             x, y = chart.x(t), chart.y(v)
             chart.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
-    chart.legend(zip(curves, COLORS))
+    chart.legend(zip(curves, cycle(COLORS)))
     return chart.svg()
 
 
@@ -182,12 +183,13 @@ def minimum_chart(title, methods):
         ks = range(1, len(found) + 1)
         bands = [bootstrap(found, k) for k in ks]
         curves[name] = (list(ks), [expected_minimum(found, k) for k in ks], *zip(*bands))
-    chart = Chart(title, "random settings tried", last, [v for c in curves.values() for v in c[2] + c[3]])
+    ends = [v for curve in curves.values() for v in curve[2] + curve[3]]
+    chart = Chart(title, "random settings tried", last, ends)
     chart.ticks_along((k, str(k)) for k in range(1, last + 1))
-    for color, (ks, means, lows, highs) in zip(COLORS, curves.values()):
+    for color, (ks, means, lows, highs) in zip(cycle(COLORS), curves.values()):
         chart.band(ks, lows, highs, color)
         chart.line([(chart.x(k), chart.y(v)) for k, v in zip(ks, means)], color)
-    chart.legend(zip(curves, COLORS))
+    chart.legend(zip(curves, cycle(COLORS)))
     return chart.svg()
 
 
@@ -198,7 +200,8 @@ def box_chart(title, methods):
         color, wide = COLORS[i % len(COLORS)], 0.3
         at, left, right = chart.x(i + 0.5), chart.x(i + 0.5 - wide), chart.x(i + 0.5 + wide)
         if len(found) > 1:
-            low, middle, high = (chart.y(q) for q in statistics.quantiles(found, method="inclusive"))
+            quartiles = statistics.quantiles(found, method="inclusive")
+            low, middle, high = map(chart.y, quartiles)
             chart.line([(left, low), (right, low), (right, high), (left, high), (left, low)], color)
             chart.line([(left, middle), (right, middle)], color, 3)
         for v in found:
@@ -232,39 +235,58 @@ def samples_sheet(methods):
 # ---- text ------------------------------------------------------------------------------------
 
 
+def row_text(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def speed(rows):
+    """Updates of G per second of every run that made some."""
+    return [float(r["steps"]) / float(r["seconds"]) for r in rows if number(r["steps"])]
+
+
 def table(methods, known, base):
     """Lines of a table in Markdown. methods: {name: rows}, best first."""
-    ends = [r for rows in methods.values() for r in rows if not r["failed"]]
-    features = " / ".join(sorted({r["features"] for r in ends})) or "-"
-    course = any(known.get(name, (0, None))[1] for name in methods)
-    head = ["method", "runs", f"FID ({features})", *SHARES, "control", "updates", "per second", f"cost / {base}"]
-    lines = [head + ["course's FID"] * course]
-    lines.append(["---"] * len(lines[0]))
-    speed = {n: [float(r["steps"]) / float(r["seconds"]) for r in rows if r["steps"]] for n, rows in methods.items()}
+    features = {r["features"] for rows in methods.values() for r in rows if not r["failed"]}
+    course = {name: known[name][1] for name in methods if known.get(name, (0, None))[1]}
+    head = ["method", "runs", f"FID ({', '.join(sorted(features))})", *SHARES, "control"]
+    head += ["updates", "per second", f"cost / {base}"] + ["the course's FID"] * bool(course)
+    lines, of_base = [head, ["---"] * len(head)], speed(methods.get(base, []))
     for name, rows in methods.items():
         failed = sum(bool(r["failed"]) for r in rows)
-        runs = f"{len(rows)}" + (f", {failed} failed" if failed else "")
-        steps = values(rows, "steps")
-        cells = [name, runs, mean_std(values(rows, "fid"))]
+        cells = [name, f"{len(rows)}" + (f", {failed} failed" if failed else "")]
+        cells.append(mean_std(values(rows, "fid")))
         cells += [re.sub(r"\b0\.", ".", mean_std(values(rows, c), ".3f")) for c in SHARES]
-        cells += [mean_std(values(rows, "control")), f"{statistics.mean(steps):.0f}" if steps else "-"]
-        cells.append(f"{statistics.mean(speed[name]):.1f}" if speed[name] else "-")
-        both = speed.get(base) and speed[name]
-        cells.append(f"{statistics.mean(speed[base]) / statistics.mean(speed[name]):.2f}" if both else "-")
+        steps, own = values(rows, "steps"), speed(rows)
+        cells += [mean_std(values(rows, "control")), f"{statistics.mean(steps or [0]):.0f}"]
+        cells.append(f"{statistics.mean(own):.1f}" if own else "-")
+        both = own and of_base
+        cells.append(f"{statistics.mean(of_base) / statistics.mean(own):.2f}" if both else "-")
         if course:
-            cells.append(f"{known[name][1]:.1f}" if known.get(name, (0, None))[1] else "")
+            cells.append(f"{course[name]:.1f}" if name in course else "")
         lines.append(cells)
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return [row_text(cells) for cells in lines]
+
+
+def settings_table(drawn):
+    """Lines of a table of random settings. drawn: {name: rows}, best first."""
+    lines = [["method", "settings", "failed", "best", "median", "best arguments"], ["---"] * 6]
+    for name, rows in drawn.items():
+        found = values(rows, "fid")
+        failed = f"{sum(bool(r['failed']) for r in rows)}"
+        best = min(rows, key=lambda r: number(r["fid"]) or math.inf)
+        ends = f"{min(found):.2f}", f"{statistics.median(found):.2f}"
+        lines.append([name, f"{len(rows)}", failed, *ends, f"`{best['args']}`"])
+    return [row_text(cells) for cells in lines]
 
 
 def own_scores(methods):
-    """Lines of a table of every number in the last evaluation, for methods with scores of their own."""
-    lasts = {n: [json.loads(r["evaluations"])[-1] for r in rows if r["evaluations"]] for n, rows in methods.items()}
-    skipped = {"step", "seconds", "n"}
+    """Lines with every number of the last evaluations, for methods with scores of their own."""
     lines = []
-    for name, found in lasts.items():
-        keys = [k for k in (found[0] if found else {}) if k not in skipped and values(found, k)]
-        lines += [f"{name}: " + ", ".join(f"{k} {mean_std(values(found, k), '.4g')}" for k in keys)]
+    for name, rows in methods.items():
+        found = [json.loads(r["evaluations"])[-1] for r in rows if r["evaluations"]]
+        keys = [k for k in (found[0] if found else {}) if k not in ("step", "seconds", "n")]
+        told = [f"{k} {mean_std(values(found, k), '.4g')}" for k in keys if values(found, k)]
+        lines.append(f"- {name}, {len(found)} runs: {', '.join(told)}")
     return lines
 
 
@@ -317,57 +339,62 @@ def repeats(rows):
     return [f"- the same command with the same seed, {len(again)} times: {drift}, FID {spread}"]
 
 
+def group_text(rows, known, base, what, picture):
+    """Lines on runs of one cost. picture(name, data) keeps a picture and returns its line."""
+    runs = [r for r in rows if r["method"] != AGAIN]
+    own = by([r for r in runs if r["setting"] == "0"], "method")
+    own = {n: found for (n,), found in own.items()}
+    order = {n: statistics.mean(values(found, "fid") or [math.inf]) for n, found in own.items()}
+    own = {n: own[n] for n in sorted(own, key=order.get)}
+    drawn = by([r for r in runs if r["setting"] != "0"], "method")
+    drawn = {n: found for (n,), found in drawn.items()}
+    text = [f"## {what}", ""]
+    if own and not any(values(found, "recall") for found in own.values()):
+        text += [*own_scores(own), ""]
+    elif own:
+        text += [*table(own, known, base), ""]
+        text += [*differences(own, base), *disagreements(own), *repeats(rows), ""]
+        if svg := budget_chart(f"Smallest distance, {what}", own):
+            text += [picture("budget.svg", svg.encode()), ""]
+    if sheet := samples_sheet(own):
+        buffer = io.BytesIO()
+        sheet.save(buffer, "png", optimize=True)
+        text += [picture("samples.png", buffer.getvalue()), ""]
+
+    drawn = {n: found for n, found in drawn.items() if values(found, "fid")}
+    if drawn:
+        drawn = {n: drawn[n] for n in sorted(drawn, key=lambda n: min(values(drawn[n], "fid")))}
+        # a setting that failed counts as the worst of all that did not
+        worst = max(v for found in drawn.values() for v in values(found, "fid"))
+        scores = {n: [number(r["fid"]) or worst for r in found] for n, found in drawn.items()}
+        text += [*settings_table(drawn), ""]
+        for name, title, made in (
+            ("settings", "Expected smallest distance", minimum_chart),
+            ("boxes", "Distances of random settings", box_chart),
+        ):
+            text += [picture(f"{name}.svg", made(f"{title}, {what}", scores).encode()), ""]
+    return text
+
+
 def report(rows, stem, known, base):
     """Write stem.md and the pictures it names; returns the text. known: study.METHODS."""
-    stem, text = Path(stem), []
-
-    def picture(name, data):
-        path = stem.with_name(f"{stem.name}-{name}")
-        files.write_atomic(path, data)
-        text.append(f"![]({path.name})\n")
-
+    stem = Path(stem)
+    dates = sorted(r["date"] for r in rows)
+    about = f"torch {', '.join(sorted({r['torch'] for r in rows}))}, {dates[0]} to {dates[-1]}"
+    jobs = max(int(r["jobs"]) for r in rows)
+    text = [f"`python -m tests.benchmarks.study --report`: {len(rows)} runs, {about}, "]
+    text[0] += f"one thread each, up to {jobs} at once. Means and standard deviations over seeds."
+    text.append("")
     groups = by(rows, "dataset", "subset", "budget", "dtype", "n")
     for i, ((dataset, subset, budget, dtype, n), group) in enumerate(groups.items()):
+
+        def picture(name, data, i=i):
+            path = stem.with_name(f"{stem.name}-{i}-{name}")
+            files.write_atomic(path, data)
+            return f"![]({path.name})"
+
         images = f"{subset} images of {dataset}" if subset != "0" else dataset
         what = f"{images}, {budget} each, {dtype}, {n} samples"
-        own = by([r for r in group if r["setting"] == "0" and r["method"] != AGAIN], "method")
-        own = {name: found for (name,), found in own.items()}
-        own = dict(sorted(own.items(), key=lambda m: statistics.mean(values(m[1], "fid") or [math.inf])))
-        drawn = by([r for r in group if r["setting"] != "0" and r["method"] != AGAIN], "method")
-        text.append(f"## {what}\n")
-        if own and not any(values(found, "recall") for found in own.values()):
-            text += [*own_scores(own), ""]
-        elif own:
-            text += [*table(own, known, base), ""]
-            text += [*differences(own, base), *disagreements(own), *repeats(group), ""]
-            if svg := budget_chart(f"Smallest distance, {what}", own):
-                picture(f"{i}-budget.svg", svg.encode())
-        if sheet := samples_sheet(own):
-            buffer = io.BytesIO()
-            sheet.save(buffer, "png", optimize=True)
-            picture(f"{i}-samples.png", buffer.getvalue())
-        # a setting that diverged counts as the worst of all that did not
-        worst = max((v for found in drawn.values() for v in values(found, "fid")), default=None)
-        if worst:
-            scores = {
-                name: [number(r["fid"]) or worst for r in found]
-                for (name,), found in drawn.items()
-            }
-            scores = dict(sorted(scores.items(), key=lambda m: min(m[1])))
-            text.append("| method | settings | diverged | best | median | best arguments |")
-            text.append("| --- | --- | --- | --- | --- | --- |")
-            for name, found in scores.items():
-                some = drawn[(name,)]
-                failed = sum(bool(r["failed"]) for r in some)
-                best = min((r for r in some if number(r["fid"])), key=lambda r: float(r["fid"]), default=None)
-                told = f"`{best['args']}`" if best else "-"
-                middle = statistics.median(found)
-                text.append(f"| {name} | {len(found)} | {failed} | {min(found):.2f} | {middle:.2f} | {told} |")
-            text.append("")
-            picture(f"{i}-settings.svg", minimum_chart(f"Expected smallest distance, {what}", scores).encode())
-            picture(f"{i}-boxes.svg", box_chart(f"Distances over settings, {what}", scores).encode())
-    first = rows[0]
-    about = f"torch {first['torch']}, {first['date']} to {rows[-1]['date']}, up to {max(int(r['jobs']) for r in rows)} at once, one thread each"
-    text.insert(0, f"`python -m tests.benchmarks.study --report`: {len(rows)} runs, {about}.\n")
-    files.write_atomic(stem.with_suffix(".md"), ("\n".join(text)).encode())
+        text += group_text(group, known, base, what, picture)
+    files.write_atomic(stem.with_suffix(".md"), "\n".join(text).encode())
     return "\n".join(text)

@@ -239,7 +239,8 @@ def cyclegan_loop(m, args, nets, pixels, device):
             losses.append(m.discriminator_loss(judge(real), judge(pooled(fake, pool))))
             losses[-1].backward()
         opt_d.step()
-        said = {"G": loss_g, "cycle": cycle, "identity": identity, "D_A": losses[0], "D_B": losses[1]}
+        said = {"G": loss_g, "cycle": cycle, "identity": identity}
+        said |= {"D_A": losses[0], "D_B": losses[1]}
         return " ".join(f"[{k} loss: {v.item():f}]" for k, v in said.items())
 
     return once

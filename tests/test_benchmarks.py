@@ -1,0 +1,296 @@
+"""tests/benchmarks: what they measure is what they say, and they run to their ends, small."""
+import json
+import math
+import random
+import re
+import statistics
+
+import pytest
+import torch
+
+from tests.benchmarks import gpu, study, study_report, train, yardstick
+from tests.helpers import CACHE, LinearCritic, script, shell, tiny
+
+NAMES = train.scripts()
+
+
+# ---- whole updates ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_is_timed_and_the_loop_beside_it_launches_more(name, tmp_path):
+    path = tmp_path / "train.json"
+    words = f"--scripts {name} --sizes default --width 4 --batch-size 4 --rounds 1 --round-s 0"
+    words += f" --no-compile --device cpu --json {path}"
+    result = train.main(words.split())
+    assert json.loads(path.read_text()) == result
+    rows = {r["variant"]: r for r in result["rows"]}
+    assert all(rows[v]["ms"] > 0 for v in ("eager", "bf16"))
+    if name in train.LOOPS:
+        assert rows["eager"]["launches"] < rows["loop"]["launches"]
+
+
+def test_every_script_that_has_kernels_has_a_loop():
+    assert {n for n in NAMES if hasattr(script(n).Args, "impl")} <= set(train.LOOPS) <= set(NAMES)
+
+
+GREY = 200 / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    "name, loss_g, loss_d",
+    [
+        ("lsgan", 0.5, 0.5),
+        ("icr_gan", 0.5, 0.5),
+        ("cn_lsgan", 1 + 0.5 * GREY**2, 1 + 3 * 2**2),
+        ("wgan_gp", 0.0, 10.0),
+    ],
+)
+def test_the_straightforward_loop_has_the_losses_of_the_script(name, loss_g, loss_d):
+    """Closed forms for D = 0, G = 0 and images of one grey."""
+    method = {"lambda_gp": 3.0, "gp_target": 2.0, "lambda_rec": 0.5} if name == "cn_lsgan" else {}
+    pixels = torch.full((64, 1, 32, 32), 200, dtype=torch.uint8)
+    args = tiny(name, lr=1e-3, **method)
+    nets = script(name).build(args)
+    for n in ("discriminator", "generator"):
+        nets[n].register_forward_hook(lambda m, x, y: 0 * y)
+    said = train.gan_loop(script(name), args, nets, pixels, torch.device("cpu"))()
+    losses = re.findall(r"\[(\w) loss: (\S+)\]", said)
+    assert [key for key, _ in losses] == ["G"] + ["D"] * args.n_critic
+    assert [float(value) for _, value in losses[:2]] == pytest.approx([loss_g, loss_d], abs=1e-5)
+
+
+@pytest.mark.parametrize("name, target", [("wgan_gp", 1.0), ("cn_lsgan", 0.5)])
+def test_the_loops_penalty_has_its_gradient(name, target):
+    """A linear critic's slope is w: the double backward of lambda (|w| - target)^2 is known."""
+    d, fakes = LinearCritic(0.1 * torch.randn(1024)), []
+    method = {"gp_target": target, "lambda_rec": 0.0} if name == "cn_lsgan" else {}
+    args = tiny(name, n_critic=1, lambda_gp=3.0, **method)
+    nets = script(name).build(args) | {"discriminator": d}
+    nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
+    pixels, w = torch.full((16, 1, 32, 32), 200, dtype=torch.uint8), d.w.detach().clone()
+    train.gan_loop(script(name), args, nets, pixels, torch.device("cpu"))()
+    x, f = torch.full((8, 1024), GREY), fakes[0].flatten(1)
+    of_scores = (f - x).mean(0)
+    if name == "cn_lsgan":
+        of_scores = 2 * (((x @ w - 1) @ x) + (f @ w) @ f) / 8
+    expected = of_scores + 6 * (w.norm() - target) * w / w.norm()
+    torch.testing.assert_close(d.w.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loops_of_image_to_image_have_the_losses_of_their_scripts():
+    """Closed forms for networks that return 0: logits 0 in pix2pix, scores 0 in cyclegan."""
+    for name, expected in (
+        ("pix2pix", [math.log(2), abs(GREY), math.log(2)]),  # D, L1, adversarial
+        ("cyclegan", [2 + (10 + 5) * 2 * GREY, 2 * GREY, 2 * GREY, 0.5, 0.5]),
+    ):
+        m = script(name)
+        how = {"channels_a": 1, "channels_b": 1} if name == "pix2pix" else {"channels": 1}
+        args = m.Args(batch_size=2, width=4, image_size=16, device="cpu", patch_layers=1, **how)
+        nets = m.build(args)
+        for net in (nets["generator"], nets["discriminator"]):
+            for part in net.values() if name == "cyclegan" else [net]:
+                part.register_forward_hook(lambda m, x, y: 0 * y)
+        pixels = torch.full((8, 2 if name == "pix2pix" else 1, 16, 16), 200, dtype=torch.uint8)
+        said = train.LOOPS[name](m, args, nets, pixels, torch.device("cpu"))()
+        found = [float(v) for v in re.findall(r": (\S+)\]", said)]
+        assert found == pytest.approx(expected, abs=1e-5), name
+
+
+def test_a_variant_that_does_not_train_is_found(monkeypatch):
+    m = script("lsgan")
+    updates = m.updates
+
+    def idle(nets, args):
+        update_d, update_g, state = updates(nets, args)
+        return update_d, lambda: {}, state
+
+    monkeypatch.setattr(m, "updates", idle)
+    with pytest.raises(AssertionError, match="stand still"):
+        train.made("lsgan", "default", "eager", torch.device("cpu"), 1, {"width": 4})
+
+
+# ---- the study -------------------------------------------------------------------------------
+
+
+def arguments(*words):
+    return study.arguments(["--steps", "3", *words])
+
+
+def test_every_command_of_the_study_is_taken_by_its_script():
+    a = arguments("--methods", ",".join([*study.METHODS, *study.OTHERS]), "--seeds", "1")
+    jobs = study.listed(a)
+    assert {j["method"] for j in jobs} == {*study.METHODS, *study.OTHERS, "reference"}
+    again = [j["setting"] for j in jobs if j["method"] == "reference"]
+    assert again == [str(i) for i in range(math.ceil((len(jobs) - len(again)) / 8))]
+    assert len({study.key_of(j) for j in jobs}) == len(jobs)
+    paired = next(j for j in jobs if j["method"] == "pix2pix")
+    assert paired["dataset"] == "blueprints"  # its own
+
+
+def test_random_settings_are_reproducible_vary_and_keep_what_the_method_is():
+    a = arguments("--methods", "lsgan,cr,wgan", "--settings", "12", "--no-reference")
+    jobs = study.listed(a)
+    assert jobs == study.listed(a)
+    for name in a.methods:
+        lines = [j["args"] for j in jobs if j["method"] == name]
+        assert len(set(lines)) == 12
+        found = [study.arguments_of(line.split()) for line in lines]
+        assert len({x.lr for x in found}) == (1 if name == "wgan" else 12)  # it has its own
+        if name == "cr":
+            assert all(1 <= x.lambda_real <= 100 and x.lambda_fake == 0 for x in found)
+
+
+def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
+    path = tmp_path / "study.csv"
+    words = ["-m", "tests.benchmarks.study", "--steps", "3", "--methods", "lsgan", "--n", "64"]
+    words += ["--dataset", "digits", "--evals", "2", "--csv", path, "--cache-dir", CACHE]
+    words += ["--out-dir", tmp_path / "runs", "--no-reference"]
+    first = shell(*words, "--seeds", "1", timeout=300)
+    assert first.returncode == 0, first.stderr
+    (row,) = study.load(path)
+    assert (row["steps"], row["images"], row["seed"], row["failed"]) == ("3", "192", "0", "")
+    evaluations = json.loads(row["evaluations"])
+    assert [e["step"] for e in evaluations] == ["2", "3"]
+    assert evaluations[-1]["fid"] == row["fid"] and row["samples"]
+    second = shell(*words, "--seeds", "2", timeout=300)
+    assert second.returncode == 0 and "1 of 2 runs are in" in second.stderr
+    rows = study.load(path)
+    assert rows[0] == row and [r["seed"] for r in rows] == ["0", "1"]
+    assert "| lsgan | 2 |" in second.stdout
+    for name in ("study.md", "study-0-budget.svg", "study-0-samples.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert not list((tmp_path / "runs").iterdir())  # it leaves nothing behind
+    unknown = shell(*words[:3], "3", "--methods", "lsgam")
+    assert unknown.returncode == 2 and "did you mean lsgan" in unknown.stderr
+
+
+def made_up(method, seed, fid, **more):
+    row = dict.fromkeys(study.COLUMNS, "")
+    evaluations = [{"seconds": 1, "fid": 2 * fid}, {"seconds": 2, "fid": fid, "recall": 0.5}]
+    row |= {"dataset": "mnist", "subset": "0", "budget": "1 min", "dtype": "fp32", "n": "9"}
+    row |= {"method": method, "seed": str(seed), "setting": "0", "fid": str(fid), "recall": ".5"}
+    row |= {"steps": "10", "seconds": "2", "jobs": "1", "features": "lenet", "date": "2026"}
+    return row | {"control": str(fid), "evaluations": json.dumps(evaluations)} | more
+
+
+def test_the_report_says_which_differences_are_larger_than_the_spread(tmp_path):
+    rows = [made_up("lsgan", i, 5 + 0.1 * i) for i in range(3)]
+    rows += [made_up("cr", i, 2 + 0.1 * i) for i in range(3)]
+    rows += [made_up("vanilla", i, 5.05 + 0.5 * i) for i in range(3)]
+    rows += [made_up("began", i, 50 + i, control="1", steps="5") for i in range(2)]
+    rows.append(made_up("began", 2, "", failed="loss_d is nan", evaluations=""))
+    rows += [made_up("reference", 0, v, setting=str(v)) for v in (4, 6)]
+    rows += [made_up("cr", 0, v, setting=str(v)) for v in (1, 2, 3)]
+    text = study_report.report(rows, tmp_path / "s", study.METHODS, "lsgan")
+    assert "| lsgan | 3 | 5.10 ± 0.10 |" in text and "| 26.6 |" in text
+    assert "| began | 3, 1 failed |" in text and "| 2.00 |" in text  # half the updates
+    assert "ahead of lsgan by more than 2 standard errors: cr" in text
+    assert "behind lsgan by more than that: began" in text and "not to be told" in text
+    assert "2 times" in text and "4 of 6 pairs" not in text
+    assert "the control orders 3 of 6 pairs" in text  # began, at its control of 1, first
+    assert {p.suffix for p in tmp_path.iterdir()} == {".md", ".svg"}
+    assert len(list(tmp_path.glob("*.svg"))) == 3
+
+
+def test_the_expected_minimum_is_that_of_random_draws():
+    values = [3.0, 1.0, 2.0]
+    assert study_report.expected_minimum(values, 1) == pytest.approx(2)
+    # two draws of three: 1 in 5 of 9 cases, 2 in 3, 3 in 1
+    assert study_report.expected_minimum(values, 2) == pytest.approx((5 + 6 + 3) / 9)
+    r = random.Random(0)
+    values = [r.gauss(9, 1) for _ in range(40)]
+    low, high = study_report.bootstrap(values, 1)
+    width = 3.29 * statistics.pstdev(values) / 40**0.5  # from 5 to 95 % of a normal mean
+    assert low < statistics.mean(values) < high and high - low == pytest.approx(width, rel=0.15)
+    assert study_report.bootstrap([2.0, 2.0], 3) == (2.0, 2.0)
+
+
+# ---- what a GPU is asked ---------------------------------------------------------------------
+
+
+def test_parts_fail_and_run_out_of_time_without_the_rest(tmp_path, monkeypatch):
+    def parts(cuda, a, work):
+        result = f"{work}/x.json"
+        code = f"open({result!r}, 'w').write('{{}}'); print('3 passed')"
+        return [
+            gpu.Part("fails", ["-c", "raise SystemExit('no such thing')"], 0.5),
+            gpu.Part("hangs", ["-c", "import time; time.sleep(100)"], 0.02),
+            gpu.Part("works", ["-c", code], 0.5, result),
+        ], ["a note"]
+
+    monkeypatch.setattr(gpu, "parts", parts)
+    rows = gpu.main(["--minutes", "1", "--out", str(tmp_path)])
+    assert [r["code"] for r in rows] == [1, "limit", 0]
+    assert rows[0]["said"] == "no such thing" and rows[2]["said"] == "3 passed"
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["parts"] == rows and kept["notes"] == ["a note"]
+    assert {p.name for p in tmp_path.iterdir()} == {"gpu.json", "table.txt", "logs.tar.gz"}
+
+
+def test_the_parts_of_a_cpu_and_of_a_gpu_fit_their_time_and_commands(tmp_path):
+    a = gpu.arguments(["--data-dir", str(tmp_path)])
+    for cuda in (False, True):
+        parts, notes = gpu.parts(cuda, a, tmp_path)
+        assert len(notes) == 1 and len({p.name for p in parts}) == len(parts)
+        for p in parts:
+            if p.words[0].endswith(".py"):
+                study.arguments_of(p.words)
+            elif p.words[1] == "tests.benchmarks.train":
+                train.arguments(p.words[2:])
+    names = [p.name for p in parts]
+    assert names[:2] == ["tests", "kernels"] and {f"updates of {n}" for n in NAMES} <= {*names}
+
+
+def test_the_benchmark_of_gpus_runs_its_parts_on_a_cpu(tmp_path):
+    words = ["--minutes", "2", "--parts", "kernels,profile", "--out", tmp_path / "out"]
+    done = shell("-m", "tests.benchmarks.gpu", *words, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [(p["part"], p["code"]) for p in kept["parts"]] == [("kernels", 0), ("profile", 0)]
+    assert all(p["result"] for p in kept["parts"])
+
+
+# ---- the yardstick ---------------------------------------------------------------------------
+
+
+def test_the_baseline_is_least_squares_on_a_dcgan():
+    zero, one = torch.zeros(4), torch.ones(4)
+    assert yardstick.discriminator_loss(zero, one) == 1 and yardstick.generator_loss(zero) == 0.5
+    g, d = yardstick.init(yardstick.Generator()), yardstick.init(yardstick.Discriminator())
+    assert d(g(torch.randn(2, yardstick.Z_DIM))).shape == (2,)
+    before = [[p.clone() for p in net.parameters()] for net in (g, d)]
+    update_d, update_g = yardstick.updates(g, d)
+    for update, given, moving in ((update_d, torch.rand(8, 1, 32, 32), 1), (update_g, 8, 0)):
+        update(given)
+        moved = [
+            any(not torch.equal(p, q) for p, q in zip(net.parameters(), old))
+            for net, old in zip((g, d), before)
+        ]
+        assert moved[moving] and moved.count(True) == (1 if moving else 2)
+
+
+def test_a_command_of_the_yardstick_is_checked_before_anything_trains():
+    added = {"max-minutes": 1.0, "threads": 1} | yardstick.CHEAP
+    path, argv, args = yardstick.plan("icr_gan.py --sigma 0.1", added)
+    assert path.name == "icr_gan.py" and args.sigma == 0.1 and args.dataset == "mnist"
+    assert args.max_minutes == 1 and args.eval_every == 0
+    _, _, args = yardstick.plan("lsgan.py --steps 5", added)
+    assert args.steps == 5 and args.max_minutes is None
+    for text, said in (
+        ("nothing.py", "first word"),
+        ("lsgan.py --lr x", "lr"),
+        ("lsgan.py --dataset digits", "MNIST"),
+        ("lsgan.py --image-size 64", "32 x 32"),
+        ("pix2pix.py", "latents"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            yardstick.plan(text, added)
+
+
+def test_ratios_are_to_the_baselines_mean_and_drift_is_told():
+    rows = [{"kind": "baseline", "name": "b", "distance": d, "steps": 9 - d} for d in (1, 3)]
+    rows.append({"kind": "train", "name": "x", "distance": 1.0})
+    assert [r["ratio"] for r in yardstick.with_ratios(rows)] == [0.5, 1.5, 0.5]
+    assert "8 and 6" in yardstick.drift(rows) and yardstick.drift(rows[:1]) is None
+    assert "x" in yardstick.table(yardstick.with_ratios(rows))
