@@ -675,7 +675,7 @@ def test_the_rate_is_constant_for_half_of_the_run_and_then_falls_to_zero():
     wanted = {0: 2e-4, 0.5: 2e-4, 0.505: 1.98e-4, 0.75: 1e-4, 0.995: 2e-6, 1: 0}
     for done, want in wanted.items():
         assert cyclegan.learning_rate(args, done) == pytest.approx(want, rel=1e-9)
-    assert cyclegan.learning_rate(tiny(lr_decay=0.0), 0.9) == args.lr
+    assert cyclegan.learning_rate(tiny(lr=2e-4, lr_decay=0.0), 0.9) == 2e-4
 
 
 def test_resume_past_the_start_of_the_decay_is_exact_with_a_full_pool():
