@@ -78,6 +78,8 @@ def load(folder, script, nets, state):
     """
     path = folder / "checkpoint.pt"
     exists = processes.rank() == 0 and path.exists()
+    if not path.exists() and (folder / "generator.pt").exists():
+        raise ValueError(f"{path} is not there, and without it this run cannot go on")
     saved = processes.broadcast(files.load_tensors(path) if exists else None)
     if saved is None:
         return None

@@ -83,6 +83,8 @@ def check(args):
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not fits(value):
                 raise ValueError(f"{name} must be {wanted}, got {value}")
+            if kind is int and abs(value) >= 2**63:  # what a tensor takes
+                raise ValueError(f"{name} must fit 63 bits, got {value}")
         elif not isinstance(value, kind):
             raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
@@ -190,7 +192,7 @@ def read_args(folder):
     """args.json of a run folder; ValueError where there is none or it cannot be read."""
     path = Path(folder) / "args.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8-sig"))  # editors put a mark before it
         if not isinstance(saved["script"], str) or not isinstance(saved["args"], dict):
             raise TypeError("it has no script and args")
     except FileNotFoundError:

@@ -76,7 +76,7 @@ def first_line(e):
 
 
 class Table:
-    """A csv file that grows by rows; its columns are those of the first row."""
+    """A csv file that grows by rows; a column that comes later is empty in the rows before."""
 
     def __init__(self, path, last_step=0, writes=True):
         """Take over the rows up to last_step and cut the file back to them.
@@ -85,33 +85,48 @@ class Table:
         self.path, self.writes = Path(path), writes
         self.rows = [r for r in read_csv(self.path) if int(r["step"]) <= last_step]
         if self.path.exists():
-            self._write(self.rows, "w")
+            self._write_all()
 
     def add(self, row):
-        self._write([row], "a" if self.rows else "w")
         self.rows.append({k: str(v) for k, v in row.items()})
+        if len(self.rows) == 1 or row.keys() - self.rows[0].keys():
+            self._write_all()
+        elif self.writes:
+            with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as f:
+                csv.DictWriter(f, list(self.rows[0])).writerow(row)
 
-    def _write(self, rows, mode):
+    def _write_all(self):
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        self.rows = [dict.fromkeys(names, "") | row for row in self.rows]
         if not self.writes:
             return
-        if not rows:
-            self.path.unlink(missing_ok=True)
-            return
-        with writing(self.path), open(self.path, mode, newline="", encoding="utf-8") as f:
-            table = csv.DictWriter(f, list((self.rows or rows)[0]))
-            if mode == "w":
-                table.writeheader()
-            table.writerows(rows)
+        with writing(self.path):
+            if not self.rows:
+                self.path.unlink(missing_ok=True)
+                return
+            text = io.StringIO(newline="")
+            table = csv.DictWriter(text, list(names))
+            table.writeheader()
+            table.writerows(self.rows)
+            write_atomic(self.path, text.getvalue().encode())
 
 
 def read_csv(path):
     """Rows of a csv file as dicts of strings; half a last row, left by a kill, is dropped."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
+        whole = text[: text.rfind("\n") + 1]
+        rows = list(csv.DictReader(io.StringIO(whole)))
+        if any(None in row or int(row["step"]) < 0 for row in rows):
+            raise ValueError("more cells than columns, or no steps")
     except FileNotFoundError:
         return []
-    whole = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(io.StringIO(whole)))
+    except (ValueError, KeyError, TypeError):  # saved by a spreadsheet with ; in place of ,
+        raise ValueError(
+            f"{path} has another form than a run gives it: wanted commas and a column step of "
+            "whole numbers; put that right or delete the file"
+        ) from None
+    return rows
 
 
 def as_number(text):

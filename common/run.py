@@ -81,11 +81,12 @@ def load(folder, device="cpu"):
     script = script_of(folder)
     args = cli.args_of(folder, script.Args, device=device)
     nets = script.build(args)
-    if (path := Path(folder) / "checkpoint.pt").exists():
-        states = files.load_tensors(path)["nets"]
-    else:
-        states = {"generator_ema": files.load_tensors(Path(folder) / "generator.pt")}
+    path = Path(folder) / "checkpoint.pt"
     try:
+        if path.exists():
+            states = files.load_tensors(path)["nets"]
+        else:
+            states = {"generator_ema": files.load_tensors(path.with_name("generator.pt"))}
         for name, values in states.items():
             nets[name].load_state_dict(values)
     except (KeyError, RuntimeError) as e:
@@ -110,11 +111,9 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self._ticking_since = None  # when the clock was started; None while it stands
         self._writes = processes.rank() == 0
-        self._losses, self._shown = {}, ""
+        self._losses, self._shown, self._warnings = {}, "", {}
         self._averaged = False  # whether _losses are those of all ranks
-        self._warnings = {}
-        self._signals = Signals()
-        self._details = None  # of the last score here, what is not for a table
+        self._signals, self._details = Signals(), None  # of the last score, what is in no table
         if processes.several():
             processes.seed(args.seed, 0)
         if args.resume:
@@ -308,7 +307,7 @@ class Run:
         self._check_losses()
         values = {k: float(v) for k, v in self._losses.items()}  # here alone waits for the device
         for name, (strange, rows, text) in list(self._warnings.items()):
-            recent = [float(r[name]) for r in self.log.rows[-rows + 1 :] if name in r]
+            recent = [float(r[name]) for r in self.log.rows[-rows + 1 :] if r.get(name)]
             recent = (recent if rows > 1 else []) + [values.get(name, math.nan)]
             if len(recent) >= rows and all(strange(v) for v in recent):
                 terminal.warn(f"{name} is {recent[-1]:.2g} at step {self.step}: {text}")

@@ -82,12 +82,25 @@ def test_more_arguments_than_the_script_takes_are_named(finished, tmp_path):
             attempt()
 
 
-def test_a_table_saved_by_a_spreadsheet_is_read(finished, tmp_path):
+def test_what_an_editor_or_a_spreadsheet_saved_with_a_mark_is_read(finished, tmp_path):
     folder = copied(finished, tmp_path)
-    text = (folder / "metrics.csv").read_text()
-    (folder / "metrics.csv").write_text("\ufeff" + text, encoding="utf-8")
+    for name in ("metrics.csv", "args.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text("\ufeff" + text, encoding="utf-8")
     resume("lsgan", folder, steps=3)
     assert [r["step"] for r in files.read_csv(folder / "metrics.csv")] == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    "old, new", [(b",", b";"), (b"\n2,", b"\n2.0,"), (b"step", b"steps"), (b"lenet", b"\xff"), (b".", b",")]
+)
+def test_a_table_in_another_form_is_named(finished, tmp_path, old, new):
+    folder = copied(finished, tmp_path)
+    text = (folder / "metrics.csv").read_bytes()
+    assert old in text
+    (folder / "metrics.csv").write_bytes(text.replace(old, new))
+    with pytest.raises(ValueError, match="metrics.csv has another form"):
+        resume("lsgan", folder, steps=3)
 
 
 # ---- checks
@@ -100,6 +113,7 @@ def test_a_table_saved_by_a_spreadsheet_is_read(finished, tmp_path):
         ({"quiet": 1}, "quiet"),
         ({"steps": True}, "steps"),
         ({"steps": 2.5}, "steps"),
+        ({"eval_every": 2**63}, "eval_every must fit 63 bits"),
         ({"dataset": 3}, "dataset"),
         ({"lambda_gen": -1.0}, "lambda_gen"),
         ({"shift": 32}, "shift must be below image_size, 32"),

@@ -356,6 +356,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_pat
     assert_same_run(finished, folder)
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_begun_again(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    (folder / "checkpoint.pt").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*.*")}
+    with pytest.raises(ValueError, match="checkpoint.pt is not there"):
+        resume("icr_gan", folder, steps=9)
+    assert {p: p.read_bytes() for p in folder.rglob("*.*")} == before
+
+
+def test_a_resumed_script_may_log_more_than_before(tmp_path):
+    table = files.Table(tmp_path / "log.csv")
+    table.add({"step": 1, "loss": 0.5})
+    table = files.Table(tmp_path / "log.csv", last_step=1)
+    table.add({"step": 2, "loss": 0.25, "new": 3.0})
+    table.add({"step": 3, "new": 4.0})
+    assert (tmp_path / "log.csv").read_text().split() == ["step,loss,new", "1,0.5,", "2,0.25,3.0", "3,,4.0"]
+    assert files.Table(tmp_path / "log.csv", last_step=3).rows == files.read_csv(tmp_path / "log.csv")
+
+
 @pytest.mark.parametrize(
     "changes, said", [({"lr": 1.0}, "lr"), ({"sigma": 0.1}, "sigma"), ({"steps": 0}, "steps"), ({"dataset": "mnist"}, "dataset")]
 )
@@ -476,7 +495,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
     def full(fd):
         calls.append(fd)
-        if len(calls) > 4:
+        if len(calls) > 5:
             raise OSError(28, "No space left on device")
         fsync(fd)
 
@@ -484,7 +503,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(files.NotSaved, match="No space left on device"):
         train("lsgan", tmp_path, sample_every=2)
     (folder,) = tmp_path.iterdir()
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # args.json, 0, 2, 4
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4  # args.json, log.csv, 0, 2, 4
     assert not list(folder.glob("*.tmp"))
 
 
