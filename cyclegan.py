@@ -423,7 +423,7 @@ def main(args):
         return y, translate(y, "BtoA" if direction == "AtoB" else "AtoB")
 
     def draw():
-        from_a, from_b = test_a[:8], test_b[:8]
+        from_a, from_b = (x[torch.arange(8) % len(x)] for x in (test_a, test_b))
         rows = [from_a, *there_and_back(from_a, "AtoB"), from_b, *there_and_back(from_b, "BtoA")]
         return {"samples": torch.stack(rows, 1)}
 

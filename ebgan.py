@@ -341,7 +341,7 @@ def main(args):
     batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
     shown = latents(64, args, torch.Generator().manual_seed(args.seed))
 
-    some = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(args.seed))[:8]
+    some = torch.randint(len(train), (8,), generator=torch.Generator().manual_seed(args.seed))
     real = data.to_float(train.images[some]).to(device)
 
     def draw():

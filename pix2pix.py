@@ -318,7 +318,7 @@ def updates(nets, args):
         opt_g.step()
         t.add_(1)
         update_ema(g_ema, g, ((1 + t) / (10 + t)).clamp(max=args.ema_decay))
-        losses = {"loss_g": loss_g} | losses | {"lr": opt_g.param_groups[0]["lr"]}
+        losses = {"loss_g": loss_g} | losses | {"lr": opt_g.param_groups[0]["lr"].clone()}
         return {name: loss.detach() for name, loss in losses.items()}
 
     return update, dict(opt_g=opt_g, opt_d=opt_d, t=t)
@@ -337,6 +337,9 @@ def main(args):
     pairs = data.load_pairs(args.dataset, args.data_dir, args.image_size, args.cache_dir)
     if pairs.test is None:
         raise ValueError(f"{args.dataset} has no pairs in a folder test, which scores are made on")
+    for given, found in zip((args.channels_a, args.channels_b), pairs.channels):
+        if given not in (0, found):
+            raise ValueError(f"channels given as {given}, but {args.dataset} has {pairs.channels}")
     args.channels_a, args.channels_b = pairs.channels
     nets = build(args)
     update, state = updates(nets, processes.share(args))  # its share of a batch

@@ -329,7 +329,7 @@ def updates(nets, args):
         if args.lambda_pixel:
             logs["pixel"] = llike_loss(fake[: len(real)], real)
             llike = llike + args.lambda_pixel * logs["pixel"]
-        loss_e, loss_g = llike, args.gamma * llike
+        loss_e, loss_g = llike, args.gamma * llike if args.gamma else 0
         if args.lambda_prior:
             logs["prior"] = prior_loss(mu, logvar)
             weight = (t / args.kl_warmup).clamp(max=1) if args.kl_warmup else 1
@@ -383,7 +383,7 @@ def main(args):
         return sample(nets, args, encode(nets, args, x)).cpu()
 
     def draw():
-        x = data.to_float(held[:32])
+        x = data.to_float(held[torch.arange(32) % len(held)])
         pairs = torch.stack([x, reconstruct(x)], 1).unflatten(0, (-1, 4)).flatten(1, 2)
         first, last = x[:8], torch.cat([x[8:12], x[4:8].flip(3)])  # other images, mirror images
         z_a, z_b = encode(nets, args, torch.cat([first, last])).chunk(2)

@@ -54,7 +54,8 @@ def save(folder, script, step, seconds, nets, state, losses):
     """checkpoint.pt by rank 0, with the random numbers of all ranks."""
     device = next(next(iter(nets.values())).parameters()).device
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    every = processes.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
+    own = {k: _on_cpu(v.state_dict()) for k, v in state.items() if _is_own(v)}
+    every = processes.gather({"cpu": torch.get_rng_state(), "cuda": cuda, "own": own})
     if processes.rank():
         return
     saved = {
@@ -64,7 +65,7 @@ def save(folder, script, step, seconds, nets, state, losses):
         "nets": {name: net.state_dict() for name, net in nets.items()},
         "state": {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()},
         "losses": {k: float(v) for k, v in losses.items()},
-        "rng": every,
+        "ranks": every,
     }
     path = folder / "checkpoint.pt"
     with files.writing(path):
@@ -91,16 +92,27 @@ def load(folder, script, nets, state):
             net.load_state_dict(saved["nets"][name])
         for name, value in state.items():
             _take_over(value, saved["state"][name])
-        if len(saved["rng"]) == processes.ranks():
-            rng = saved["rng"][processes.rank()]
-            torch.set_rng_state(rng["cpu"])
-            if rng["cuda"] is not None and device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], device)
+        if len(saved["ranks"]) == processes.ranks():
+            mine = saved["ranks"][processes.rank()]
+            for name, value in mine["own"].items():
+                _take_over(state[name], value)
+            torch.set_rng_state(mine["cpu"])
+            if mine["cuda"] is not None and device.type == "cuda":
+                torch.cuda.set_rng_state(mine["cuda"], device)
         else:  # saved by another number of processes
             processes.seed(int(torch.initial_seed() % 2**32), saved["step"])
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} does not fit this run: {files.first_line(e)}") from None
     return saved
+
+
+def _is_own(value):
+    """Whether each rank fills this entry of a script's state for itself, as an image pool."""
+    return hasattr(value, "state_dict") and not hasattr(value, "param_groups")
+
+
+def _on_cpu(values):
+    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
 def _take_over(value, saved):

@@ -272,9 +272,11 @@ def guard(command):
     except MemoryError as e:
         code, message = 1, f"out of memory: {e}"
     except RuntimeError as e:
-        if "out of memory" not in str(e) and "allocate memory" not in str(e):
-            raise
         code, message = 1, f"out of memory; try a smaller --batch-size or --width: {e}"
+        if processes.is_connection_error(e):  # from a collective in a script's own update
+            message = f"another process of this run ended or does not answer: {e}"
+        elif "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
     except Stopped as e:
         code, message = 128 + e.signum, ""
         if processes.rank() == 0:

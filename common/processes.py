@@ -90,6 +90,11 @@ def _connected():
         ) from e
 
 
+def is_connection_error(e):
+    """Whether a RuntimeError came from a broken connection to another process."""
+    return several() and (isinstance(e, dist.DistError) or "gloo" in str(e) or "NCCL" in str(e))
+
+
 def share(args):
     """args with the batch size of one process; ValueError where it cannot be split evenly."""
     if args.batch_size % ranks():

@@ -87,6 +87,7 @@ def load(folder, device="cpu"):
             states = files.load_tensors(path)["nets"]
         else:
             states = {"generator_ema": files.load_tensors(path.with_name("generator.pt"))}
+        nets = {name: nets[name] for name in states}  # what is not saved is not handed out
         for name, values in states.items():
             nets[name].load_state_dict(values)
     except (KeyError, RuntimeError) as e:
@@ -131,7 +132,7 @@ class Run:
         self.log = files.Table(self.folder / "log.csv", self.step, self._writes)
         self.metrics = files.Table(self.folder / "metrics.csv", self.step, self._writes)
         self._start_seconds, self._start_step = self.seconds, self.step
-        self._agreed_seconds, self._next_agreement = self.seconds, self.step
+        self._agreed_seconds, self._asked, self._next_agreement = self.seconds, 0, 0
         terminal.note(self._first_line())
         if not saved:
             self.save()
@@ -193,12 +194,14 @@ class Run:
         """Save and raise Stopped after a signal. Several processes agree on it, now and then."""
         signum = self._signals.caught
         if processes.several():
-            if self.step < self._next_agreement:
+            self._asked += 1
+            if self._asked < self._next_agreement:
                 return
             found = processes.all_reduce_max(signum or 0, self._own_elapsed())
             signum, self._agreed_seconds = int(found[0]), found[1]
-            rate = (self.step - self._start_step) / max(found[1] - self._start_seconds, 1e-3)
-            self._next_agreement = self.step + max(1, round(AGREE * rate))
+            fresh = found[1] - self._start_seconds
+            calls = round(AGREE * self._asked / fresh) if fresh > AGREE else 1
+            self._next_agreement = self._asked + max(1, calls)
         if not signum:
             return
         self._stop_clock()
@@ -334,7 +337,7 @@ class Run:
         row = self._signals.interruptible(self._score) if self._writes else None
         row = processes.broadcast(row)
         if row is None:
-            self._next_agreement = self.step  # at once, outside, where random numbers are in place
+            self._next_agreement = 0  # at once, but outside, where random numbers are in place
             return None
         self._details = {k: v for k, v in row.items() if isinstance(v, dict)}
         row = {k: v for k, v in row.items() if k not in self._details}

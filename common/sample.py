@@ -55,7 +55,10 @@ def generated(a, nets, args, script):
             raise ValueError(f"--between needs an encoder, which {script.__name__}.py has not")
         ends = [folders.square(opened(p, args.channels), args.image_size) for p in a.between]
         x = torch.cat([to_tensor(end) for end in ends])
-        first, last = script.encode(nets, args, x).cpu().split(1)
+        try:
+            first, last = script.encode(nets, args, x).cpu().split(1)
+        except KeyError as e:
+            raise ValueError(f"{a.run} has no checkpoint.pt, and with it no network {e}") from None
         z = torch.cat([script.between(first, last, t) for t in path])
         x, images = data.to_uint8(x), drawn(nets, args, script, z)
         return "between", torch.cat([x[:1], images, x[1:]]), len(path) + 2

@@ -76,10 +76,10 @@ def test_ranks_end_with_the_same_networks(found):
 def test_a_resumed_run_of_two_ranks_equals_the_uninterrupted_one(found):
     assert_same(found["whole"][0], found["resumed"][0])
     whole, part = (torch.load(f"{f}/checkpoint.pt", weights_only=True) for f in found["folders"])
-    assert whole["step"] == part["step"] == 4 and len(whole["rng"]) == 2
-    for x, y in zip(whole["rng"], part["rng"]):
+    assert whole["step"] == part["step"] == 4 and len(whole["ranks"]) == 2
+    for x, y in zip(whole["ranks"], part["ranks"]):
         assert torch.equal(x["cpu"], y["cpu"])
-    assert not torch.equal(whole["rng"][0]["cpu"], whole["rng"][1]["cpu"])
+    assert not torch.equal(whole["ranks"][0]["cpu"], whole["ranks"][1]["cpu"])
 
 
 def test_metrics_are_those_of_the_same_images_scored_by_one_process(found):
@@ -145,7 +145,7 @@ def test_a_signal_to_torchrun_saves_once(signum, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert process.returncode != 0 and err.count(f"--resume {folder}") == 1, err[-3000:]
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert saved["step"] >= 8 and len(saved["rng"]) == 2
+    assert saved["step"] >= 8 and len(saved["ranks"]) == 2
 
 
 def test_a_batch_that_cannot_be_shared_is_bad_input(monkeypatch):

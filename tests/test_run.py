@@ -39,7 +39,7 @@ def assert_same_run(a, b):
     """Two run folders agree in everything but time."""
     x, y = (files.load_tensors(f / "checkpoint.pt") for f in (a, b))
     assert x["step"] == y["step"]
-    for part in ("nets", "state", "rng"):
+    for part in ("nets", "state", "ranks"):
         flat_x, flat_y = {}, {}
         flatten(x[part], "", flat_x), flatten(y[part], "", flat_y)
         assert_same(flat_x, flat_y)
@@ -283,8 +283,8 @@ def test_pairs_with_pictures_and_measures_of_their_own_need_no_line_in_common(tm
     assert charts[0][1] > charts[1][1]  # two measures more need more room than none
     x, y = (files.load_tensors(f / "checkpoint.pt") for f in (whole, part))
     flat_x, flat_y = {}, {}
-    flatten({k: x[k] for k in ("nets", "state", "rng")}, "", flat_x)
-    flatten({k: y[k] for k in ("nets", "state", "rng")}, "", flat_y)
+    flatten({k: x[k] for k in ("nets", "state", "ranks")}, "", flat_x)
+    flatten({k: y[k] for k in ("nets", "state", "ranks")}, "", flat_y)
     assert_same(flat_x, flat_y)
     both = torch.load(whole / "generator.pt", weights_only=True)
     assert set(both) == {f"{d}.{k}" for d in ("AtoB", "BtoA") for k in ("weight", "bias")}
