@@ -15,7 +15,10 @@ Differs  1. A generator adds what it finds to its input (--skip off: not). Insta
          those found for 64 pixels and minutes; 4. an exponential average of both generators is
          sampled and scored, the paper takes the generators themselves; 5. the identity's weight is
          absolute, 5; the paper's is relative, .5 of 10, and on for paintings alone.
-Reached  nothing measured yet.
+Reached  stripes, 2,800 updates in 18 minutes of one thread of a shared, overloaded CPU (seed 0):
+         Frechet distance (cifarnet) 12.9 and 14.0 from A and from B (the input itself 55.3, other
+         real images 1.8 and 1.3); error against the true counterpart .082 and .046 (the input .071
+         and .072): stripes look right and lie wrong.
 Run      python cyclegan.py                                # built-in stripes
          python cyclegan.py --dataset horse2zebra
 Use      from cyclegan import Args, build, sample          # needs torch only
