@@ -11,8 +11,8 @@ Losses   Generators G: A -> B, F: B -> A; least squares (Mao et al. 2016, arXiv:
 Differs  1. A generator adds what it finds to its input (--skip off: not). InstanceNorm after the
          first convolution takes away the mean colour of an image, which the paper's generators can
          only guess; 2. maps are enlarged by kernels of 4, which cover all pixels evenly; the
-         paper's of 3 do not, and leave checkerboards; 3. networks, patches of D and the rate are
-         those found for 64 pixels and minutes; 4. an exponential average of both generators is
+         paper's of 3 do not, and leave checkerboards; 3. networks, patches of D, the batch and the
+         rate are those found for 64 pixels and minutes; 4. an exponential average of both generators is
          sampled and scored, the paper takes the generators themselves; 5. the identity's weight is
          absolute, 5; the paper's is relative, .5 of 10, and on for paintings alone.
 Reached  stripes, 2,800 updates in 18 minutes of one thread of a shared, overloaded CPU (seed 0):
@@ -48,7 +48,7 @@ class Args:
     image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
     channels: int = 0  # 0 = as the data, 1 = grey, 3 = colour
     jitter: bool = True  # enlarge images by 286/256 and cut out a random square
-    mirror: bool = True  # mirror every second image
+    mirror: bool = True  # mirror half of the images, drawn at random
     # method
     lambda_cycle: float = 10.0  # weight of A to B to A giving the image back
     lambda_cycle_b: float | None = None  # weight of B to A to B [as lambda_cycle]
@@ -74,13 +74,13 @@ class Args:
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 0  # CPU threads; 0 = as many as pay
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
     log_every: int = 50  # generator updates between rows of log.csv
     sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
     eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 1000  # test images of each domain per evaluation, if there are as many
-    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network of the metrics
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 

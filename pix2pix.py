@@ -39,15 +39,15 @@ from torch.nn import functional as F
 class Args:
     # data
     dataset: str = "blueprints"  # blueprints (built in), facades or a folder of pairs
-    data_dir: str = "data"  # where data sets lie
-    cache_dir: str = "data/cache"  # decoded images and drawn sets
-    subset: int = 0  # train on only that many pairs, drawn with a fixed seed; 0 = all
+    data_dir: str = "data"  # where data sets lie; downloads go here
+    cache_dir: str = "data/cache"  # decoded images and statistics of real images
+    subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
     image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
     channels_a: int = 0  # of A's images, filled in from the data
     channels_b: int = 0  # of B's images, filled in from the data
     direction: Literal["AtoB", "BtoA"] = "AtoB"  # from which images of a pair to which
     jitter: bool = False  # enlarge pairs by 286/256 and cut out a random square
-    mirror: bool = True  # mirror half of the pairs, drawn at random
+    mirror: bool = True  # mirror half of the images, drawn at random
     # method
     lambda_adv: float = 1.0  # weight of the adversarial loss; 0 = L1 alone, without D
     lambda_l1: float = 100.0  # weight of the L1 distance to the target; 0 = the GAN alone
@@ -58,7 +58,7 @@ class Args:
     norm: Literal["batch", "instance"] = "batch"  # normalisation in G and D
     patch_layers: int = 2  # size of D's patches: 0 to 5 for 1, 16, 34, 70, 142, 286 pixels
     # optimisation
-    steps: int | None = None  # updates [4000, or no limit with --max-minutes]
+    steps: int | None = None  # generator updates [4000, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
     batch_size: int = 8  # pairs per update
     lr: float = 1e-3  # Adam step size, both networks
@@ -71,13 +71,13 @@ class Args:
     # run
     seed: int = 0  # seeds weights, noise and the order of the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    threads: int = 0  # CPU threads; 0 = as many as pay
+    threads: int = 0  # CPU threads; 0 = as many as pay on this machine
     out_dir: str = "runs"  # parent of the run folder
-    log_every: int = 50  # updates between rows of log.csv
-    sample_every: int = 500  # updates between grids and checkpoints; 0 = only at the end
-    eval_every: int = 1000  # updates between evaluations; 0 = only at the end
+    log_every: int = 50  # generator updates between rows of log.csv
+    sample_every: int = 500  # generator updates between grids and checkpoints; 0 = only at the end
+    eval_every: int = 1000  # generator updates between evaluations; 0 = only at the end
     eval_samples: int = 1000  # test pairs per evaluation, at most as many as there are
-    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # network of the metrics
+    features: Literal["auto", "lenet", "cifarnet", "inception"] = "auto"  # auto = by channels
     resume: str | None = None  # run folder to go on with
     quiet: bool = False  # no progress on the terminal
 

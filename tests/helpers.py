@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
+ALL = tuple(sorted(p.stem for p in ROOT.glob("*.py")))
 SCRIPTS = ("lsgan", "cn_lsgan", "icr_gan", "wgan_gp")  # image GANs with update_d and update_g
 CACHE = str(ROOT / "data" / "cache")
 TINY = {
