@@ -18,6 +18,9 @@ def new_folder(script, args, device):
     dataset = Path(args.dataset).resolve().name or "data"
     name = f"{script}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}-s{args.seed}"
     parent = Path(args.out_dir)
+    values = dataclasses.asdict(args)
+    del values["resume"]
+    saved = {"script": script, "args": values, "versions": _versions(device)}
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for i in itertools.count(1):
@@ -25,15 +28,16 @@ def new_folder(script, args, device):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
+        try:
+            files.write_json(folder / "args.json", saved)
+        except OSError:  # a full disk
+            folder.rmdir()
+            raise
     except OSError as e:
         raise ValueError(
             f"out_dir {args.out_dir} cannot be written to: {e.strerror}; wanted a folder for "
             "run folders"
         ) from None
-    values = dataclasses.asdict(args)
-    del values["resume"]
-    saved = {"script": script, "args": values, "versions": _versions(device)}
-    files.write_json(folder / "args.json", saved)
     return folder
 
 

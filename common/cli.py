@@ -219,7 +219,7 @@ def resume(folder, cls, **given):
 
     given: by name; an old value typed again is no change, nor is the auto, 0 or None of what the
     run resolved. A new number of steps lifts a time limit of the old arguments, and the other way
-    round. ValueError for anything else than MAY_CHANGE or the place of a moved folder of images.
+    round. ValueError for anything else than MAY_CHANGE or the place of a folder of images.
     """
     saved = read_args(folder)
     mine = Path(inspect.getsourcefile(cls)).stem
@@ -230,12 +230,12 @@ def resume(folder, cls, **given):
         unset = (name in RESOLVED and value in ("auto", 0)) or value is None
         if unset or value == old.get(name):
             continue
-        moved = name == "dataset" and os.path.isdir(value) and not os.path.isdir(old[name])
+        moved = name == "dataset" and os.path.isdir(value)  # the checkpoint knows its pixels
         if name not in MAY_CHANGE and not moved:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} cannot change with --resume (it was {old.get(name)}, got {value}); only "
-                f"{', '.join(MAY_CHANGE)} can, and dataset where a folder has moved"
+                f"{', '.join(MAY_CHANGE)} can, and dataset to where a folder is now"
             )
         changes[name] = value
     if ("steps" in changes) != ("max_minutes" in changes):

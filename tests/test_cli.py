@@ -66,6 +66,7 @@ def test_a_folder_of_images_may_move_but_not_change(tmp_path):
     cache = str(tmp_path / "cache")
     folder = train("lsgan", tmp_path / "runs", dataset=str(photos), cache_dir=cache)
     photos.rename(tmp_path / "moved")
+    (photos / "4.png").mkdir(parents=True)  # something else lies there now
     resume("lsgan", folder, dataset=str(tmp_path / "moved"), steps=3)
     Image.new("L", (32, 32)).save(tmp_path / "moved" / "3.png")
     with pytest.raises(ValueError, match="checkpoint.pt does not fit"):

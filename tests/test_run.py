@@ -507,6 +507,17 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert not list(folder.glob("*.tmp"))
 
 
+def test_a_disk_that_was_full_before_leaves_no_folder(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    data.load_images("digits", cache_dir=CACHE)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="out_dir .* cannot be written to: No space left"):
+        train("lsgan", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_went_away_is_a_failure_not_bad_input(tmp_path, monkeypatch):
     import shutil
 
