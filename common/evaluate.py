@@ -169,7 +169,8 @@ def arguments(argv):
     if (a.fake is not None) + a.floor + (a.stats is not None) != 1:
         raise ValueError("give one of --fake (images or a run), --floor, and --stats FILE")
     stored = a.real.endswith(".npz")
-    a.metrics = a.metrics.split(",") if a.metrics else ["fid"] if stored else [*USUAL]
+    asked = a.metrics.split(",") if a.metrics else ["fid"] if stored else USUAL
+    a.metrics = list(dict.fromkeys(asked))
     for m in a.metrics:
         if m not in METRICS:
             near = cli.close_to(m, METRICS)
@@ -200,7 +201,7 @@ def main(argv=None):
     a.image_size = a.image_size or 32
 
     real = None if a.real.endswith(".npz") else images_of(a.real, a)
-    a.channels = real.channels if real else a.channels
+    a.channels = a.channels if real is None else real.channels
     if a.floor and real.test is None:
         raise ValueError(f"{a.real} has no held-out split to take the floor from")
     if trained:
@@ -214,7 +215,7 @@ def main(argv=None):
         np.savez(a.stats, mu=against["mu"].numpy(), sigma=against["sigma"].numpy())
         terminal.result(f"{a.stats}: {name} features of {against['m']} images of {a.real}")
         return
-    if real:
+    if real is not None:
         against = scores.reference(real, name, len(fake), a.cache_dir, device)
     else:
         against = statistics(a.real)

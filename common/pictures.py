@@ -324,7 +324,8 @@ def score_line(row):
     features, parts = row.get("features", ""), []
     for name in columns([[{"step": 0} | row]]):
         parts.append(f"{fid_label(features, name)} {float(row[name]):.4g}")
-    return f"{', '.join(parts)}  (n {row['n']}, features {features})"
+    on = [f"{k} {row[k]}" for k in ("n", "features") if k in row]
+    return f"{', '.join(parts)}  ({', '.join(on)})"
 
 
 def summary(folder):
