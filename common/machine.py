@@ -34,8 +34,15 @@ def exact():
 
 
 def fused(args):
-    """Whether --impl means the package kernels; ValueError where they cannot run."""
-    if args.impl != "triton":
+    """Whether --impl means the package kernels; ValueError where they cannot run.
+
+    auto: on a GPU with triton, where whole updates take .91 (icr_gan) and .96 (cn_lsgan) of the
+    time of the plain functions, as graphs in bf16 on an H200 (tests/benchmarks/README.md).
+    """
+    if args.impl == "auto":
+        cuda = device_of(args.device).type == "cuda"
+        return cuda and importlib.util.find_spec("triton") is not None
+    if args.impl == "torch":
         return False
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
