@@ -111,19 +111,22 @@ class Table:
             write_atomic(self.path, text.getvalue().encode())
 
 
-def read_csv(path):
-    """Rows of a csv file as dicts of strings; half a last row, left by a kill, is dropped."""
+def read_csv(path, counter="step"):
+    """Rows of a csv file as dicts of strings; half a last row, left by a kill, is dropped.
+
+    counter: a column in which every row has a whole number, or the file is another.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
         whole = text[: text.rfind("\n") + 1]
         rows = list(csv.DictReader(io.StringIO(whole)))
-        if any(None in row or int(row["step"]) < 0 for row in rows):
+        if any(None in row or int(row[counter]) < 0 for row in rows):
             raise ValueError("more cells than columns, or no steps")
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):  # saved by a spreadsheet with ; in place of ,
         raise ValueError(
-            f"{path} has another form than a run gives it: wanted commas and a column step of "
+            f"{path} has another form than it was given: wanted commas and a column {counter} of "
             "whole numbers; put that right or delete the file"
         ) from None
     return rows

@@ -325,7 +325,7 @@ def score(folder, a):
 
 def load(path):
     csv.field_size_limit(2**24)  # samples are long
-    return files.read_csv(path)
+    return files.read_csv(path, "seed")
 
 
 def save(path, rows):
