@@ -374,16 +374,15 @@ def test_replays_on_the_gpu_give_the_parameters_of_eager_updates(name, changes, 
     args = small(name, **{"device": "cuda", "width": 8, "batch_size": 16} | changes)
     how = dict(enabled=True, deterministic=True, benchmark=False, allow_tf32=False)
     with torch.backends.cudnn.flags(**how):
-        (a, losses_a), (b, losses_b) = (
+        (a, losses_a), (again, _), (b, losses_b) = (
             rounds(name, args, lambda u: graphs.graph(u, "cuda", on), steps=12)
-            for on in (False, True)
+            for on in (False, False, True)
         )
     tolerance = 1e-4 if args.precision == "fp32" else 2e-2
-    for key in a:
-        text = key + ": {}"
-        torch.testing.assert_close(
-            b[key], a[key], rtol=tolerance, atol=tolerance, msg=text.format
-        )
+    for key in a:  # reflected edges are added up in any order: eager runs differ among themselves
+        spread = (again[key].double() - a[key].double()).abs().max().item()
+        text, most = key + ": {}", tolerance + 10 * spread
+        torch.testing.assert_close(b[key], a[key], rtol=tolerance, atol=most, msg=text.format)
     for x, y in zip(losses_a, losses_b):
         torch.testing.assert_close(y, x, rtol=10 * tolerance, atol=10 * tolerance)
     losses = [step["loss_g"] for step in losses_b[6:]]
