@@ -1,4 +1,4 @@
-"""The README's commands: all are parsed, and those that need nothing but the built-in data are run."""
+"""The READMEs' commands: all are parsed, and the first one's are run where the data are built in."""
 import re
 import shlex
 
@@ -6,13 +6,31 @@ import pytest
 
 from common import cli, evaluate, report, run, sample
 from tests.benchmarks import gpu, study, yardstick
-from tests.helpers import CACHE, ROOT, TINY, flags, script
+from tests.helpers import ALL, CACHE, ROOT, TINY, flags, script
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
-LINES = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+LINES = [
+    line.split("  #")[0].strip()
+    for kind, text in BLOCKS
+    if kind == "sh"
+    for line in text.splitlines()
+]
 COMMANDS = [shlex.split(line) for line in LINES if line.startswith("python ")]
-MODULES = {"common.sample": sample.main, "common.report": report.main, "common.evaluate": evaluate.main}
+MODULES = {
+    "common.sample": sample.main,
+    "common.report": report.main,
+    "common.evaluate": evaluate.main,
+}
+BENCHMARKS = {
+    "tests.benchmarks.gpu": gpu.arguments,
+    "tests.benchmarks.study": study.arguments,
+    "tests.benchmarks.yardstick": yardstick.arguments,
+}
+MORE = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
+TOLD = [line.split("  #")[0].strip() for line in MORE.splitlines()]
+TOLD = [line for line in TOLD if re.match(r"python \w+\.py|python -m tests", line)]
+TOLD = [line for line in TOLD if not re.search(r"[$\\]|\b(RUN|FOLDER|SCRIPT)\b", line)]
 
 
 TORCHRUN = [shlex.split(line) for line in LINES if line.startswith("torchrun ")]
@@ -46,13 +64,11 @@ def test_commands_run(words, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if words[0] == "-m":
         module, rest = words[1], words[2:]
-        if module == "tests.benchmarks.yardstick":
-            assert yardstick.arguments(rest)
+        if module in BENCHMARKS:
+            assert BENCHMARKS[module](rest)
         elif module in MODULES:
             small = ["--n", "64", "--cache-dir", CACHE] if module == "common.evaluate" else []
             MODULES[module]([*rest, *small])
-        elif module == "timeit":
-            exec(rest[rest.index("-s") + 1] + "\n" + rest[-1], {})
         else:
             assert (ROOT / (module.replace(".", "/") + ".py")).exists()
         return
@@ -63,6 +79,17 @@ def test_commands_run(words, trained, tmp_path, monkeypatch):
     elif args.dataset == "digits":
         tiny = flags(TINY | {"out_dir": tmp_path, "cache_dir": CACHE})
         assert (m.main(cli.parse(m.Args, [*words[1:], *tiny])) / "generator.pt").exists()
+
+
+@pytest.mark.parametrize("line", TOLD)
+def test_commands_behind_the_numbers_are_parsed(line):
+    words = shlex.split(line)[1:]
+    if words[0] == "-m":
+        module, rest = words[1], words[2:]
+        assert BENCHMARKS.get(module, lambda rest: True)(rest)
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+    else:
+        assert cli.parse(script(words[0].removesuffix(".py")).Args, words[1:])
 
 
 def test_a_generator_is_used_as_written(trained):
@@ -79,8 +106,9 @@ def test_a_generator_is_used_as_written(trained):
 
 
 def test_pictures_and_scripts_are_there():
-    for path in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
-    for name in SCRIPTS:
+    for place, text in ((ROOT, TEXT), (ROOT / "tests" / "benchmarks", MORE)):
+        for path in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (place / path).exists(), path
+        assert not re.search(r"@[A-Z0-9]+@", text), "a place was left open"
+    for name in ALL:
         assert f"{name}.py" in TEXT
-    assert "@" not in re.sub(r"\S+@\S+\.\S+", "", TEXT), "a place was left open"
