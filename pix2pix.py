@@ -11,10 +11,8 @@ Differs  1. Networks scale with image_size: 64 px, width 16 and patches of 34 px
          of G is sampled and scored, the paper has none; 4. at test BatchNorm uses running
          statistics, the paper those of the test batch; dropout stays on, as there; 5. D's loss is
          halved in the gradient too, in the original code only in the log.
-Reached  Blueprints, 2,000 pairs, 4,000 steps of 8 in 984 s of one thread of a 2-core x86 CPU shared
-         by ten processes: FID (cifarnet) 4.88 and L1 .301 on 200 test pairs (the input itself 44.8
-         and .667). Facades, labels to photos, --jitter --steps 2000, 452 s: FID (cifarnet) 27.9,
-         L1 .350, PSNR 13.0 dB on 106 test pairs (147.8, .776, 6.8). One run each.
+Reached  Frechet distance (cifarnet) 4.48 +- .64 on 200 test pairs, seeds 0 to 2, that of the input
+         itself 42.8: python pix2pix.py --precision bf16
 Run      python pix2pix.py                                 # built-in blueprints
          python pix2pix.py --dataset facades --direction BtoA --jitter
          python pix2pix.py --lambda-adv 0                  # L1 alone; --lambda-l1 0: the cGAN alone

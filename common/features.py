@@ -15,7 +15,7 @@ lenet and cifarnet are classifiers whose last hidden layer is taken before its R
 to the Gaussian that the Frechet distance fits, and no unit is silent. A BatchNorm without scale
 and shift stands there, so every feature has mean 0 and variance 1 over the images of its training
 and none drowns the others. No label smoothing in training, which would pull each class to a point
-and leave recall nothing to see. Their weights come with this project; common/weights has the training.
+and leave recall nothing to see. Their weights come along; common/weights has the training.
 
 inception and vgg16 need a file of weights: at the path in FILES, which --weights of common.evaluate
 sets, or in torch's hub cache, else it is downloaded there once. Inception resizes as pytorch-fid
