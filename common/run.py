@@ -75,8 +75,7 @@ def script_of(folder):
 def load(folder, device="cpu"):
     """(nets, args, script) of a trained run: `script.sample(nets, args, script.latents(16, args))`.
 
-    All networks are those of the last checkpoint, or only generator_ema where generator.pt alone
-    is left. ValueError for a folder that is no run.
+    The networks of the last checkpoint, or generator_ema alone where generator.pt is all there is.
     """
     script = script_of(folder)
     args = cli.args_of(folder, script.Args, device=device)
@@ -98,10 +97,8 @@ def load(folder, device="cpu"):
 
 
 class Run:
-    """What start returns. Attributes: folder, device, step, seconds of training.
-
-    Of several processes all take every step here, so that they decide alike; rank 0 writes.
-    """
+    """What start returns: folder, device, step, seconds of training. Of several processes all take
+    every step here, so that they decide alike; rank 0 writes."""
 
     def __init__(self, script, args, nets, state, draw, score):
         self.script, self.args, self.nets, self.state = Path(script).stem, args, nets, state
