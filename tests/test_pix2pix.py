@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 import pix2pix
+from common.run import Run
 from pix2pix import PatchDiscriminator, UNetGenerator
 from tests.helpers import assert_same, central_difference, states
 
@@ -514,3 +515,40 @@ def test_a_run_says_how_far_it_is_from_its_targets_and_from_doing_nothing(tmp_pa
     assert (args["channels_a"], args["channels_b"]) == (3, 3)
     weights = torch.load(folder / "generator.pt")
     UNetGenerator(3, 3, 16, 4).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_a_run_stopped_past_the_start_of_the_decay_goes_on_to_the_same_bits(norm, tmp_path):
+    """Batches that end within an epoch, dropout, jitter and the falling rate."""
+    changes = dict(norm=norm, batch_size=3, jitter=True, sample_every=2, log_every=1)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = run(tmp_path / "a", steps=6, **changes)
+    stop = RuntimeError("stopped")
+
+    def at_four(self, losses, step=Run.after_step):
+        step(self, losses)
+        if self.step == 4:
+            raise stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "after_step", at_four)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(tmp_path / "b", steps=6, **changes)
+    (part,) = (p for p in (tmp_path / "b").iterdir() if p.name.startswith("pix2pix-"))
+    assert pix2pix.main(pix2pix.Args(resume=str(part), quiet=True)) == part
+    a, b = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, part))
+    assert a["step"] == b["step"] == 6
+
+    def tensors(value, name=""):
+        if isinstance(value, dict):
+            return {k: v for key in value for k, v in tensors(value[key], f"{name}.{key}").items()}
+        if isinstance(value, list):
+            return tensors(dict(enumerate(value)), name)
+        return {name: value} if isinstance(value, torch.Tensor) else {}
+
+    x, y = (tensors({k: v[k] for k in ("nets", "state", "ranks")}) for v in (a, b))
+    assert x.keys() == y.keys() and len(x) > 50
+    assert [k for k in x if not torch.equal(x[k], y[k])] == []
+    rows = [(f / "log.csv").read_text().splitlines() for f in (whole, part)]
+    cut = [[",".join(r.split(",")[:1] + r.split(",")[2:]) for r in table] for table in rows]
+    assert cut[0] == cut[1] and len(cut[0]) == 7
