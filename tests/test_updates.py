@@ -89,8 +89,8 @@ def test_every_derivative_agrees_with_differences_on_small_smooth_networks(name,
     small = dict(generator=TinyGenerator(), discriminator=TinyCritic(), generator_ema=TinyGenerator())
     real = torch.rand(8, 1, 2, 2, dtype=torch.float64) * 2 - 1
     nets, losses = still_losses(name, real, small, z_dim=2, **METHOD.get(name, {}))
-    losses[key]()
     for p in nets[key].parameters():
+        losses[key]()  # at the point itself, which the differences before have left
         grad = p.grad.clone()
         for i in range(p.numel()):
             unit = torch.zeros_like(p)
