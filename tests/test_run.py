@@ -1,5 +1,6 @@
 """common/run.py on the real scripts: the run folder, resume to the bit, signals, failures."""
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import cli, data, files, run, scores
+from common import cli, data, files, processes, run, scores
 from tests import helpers
 from tests.helpers import CACHE, ROOT, SCRIPTS, TINY, assert_same, flags, resume, script, tiny
 
@@ -175,6 +176,27 @@ def test_scores_are_against_all_training_images_whatever_the_subset(tmp_path):
 
     row = scores.of_generator(generate, data.load_images("digits", cache_dir=CACHE), args)()
     assert float(rows(folder / "metrics.csv")[-1]["fid"]) == pytest.approx(row["fid"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_updates_are_given_one_process_s_share_of_the_batch(name, tmp_path, monkeypatch):
+    """As on two ranks: G draws half of the latents."""
+    m, drawn = script(name), []
+    share, build = processes.share, m.build
+    monkeypatch.setattr(
+        processes, "share", lambda args: dataclasses.replace(share(args), batch_size=4)
+    )
+
+    def watched(args):
+        nets = build(args)
+        nets["generator"].register_forward_pre_hook(lambda net, z: drawn.append(len(z[0])))
+        return nets
+
+    monkeypatch.setattr(m, "build", watched)
+    # its constraint compares with real images, of which this test gives as many as before
+    off = {"lambda_rec": 0.0} if name == "cn_lsgan" else {}
+    train(name, tmp_path, steps=1, subset=64, eval_every=0, **off)
+    assert drawn[-1] == 4 and drawn[0] == 8  # D's are as many as its real images
 
 
 # ---- a script that is no image GAN
