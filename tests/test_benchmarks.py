@@ -8,7 +8,8 @@ import statistics
 import pytest
 import torch
 
-from tests.benchmarks import gpu, study, study_report, train, yardstick
+import icr_gan
+from tests.benchmarks import gpu, lazy, study, study_report, train, yardstick
 from tests.helpers import CACHE, LinearCritic, script, shell, tiny
 
 NAMES = train.scripts()
@@ -163,6 +164,41 @@ def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
     assert not list((tmp_path / "runs").iterdir())  # it leaves nothing behind
     unknown = shell(*words[:3], "3", "--methods", "lsgam")
     assert unknown.returncode == 2 and "did you mean lsgan" in unknown.stderr
+
+
+def four_updates(updates, args, set_weights=lambda i: None):
+    """Weights and optimiser counts after four updates of G, and of D, on the same images."""
+    torch.manual_seed(0)
+    nets = icr_gan.build(args)
+    update_d, update_g, state = updates(nets, args)
+    for i in range(4):
+        set_weights(i)
+        update_d(torch.linspace(-1, 1, 4 * 1024).view(4, 1, 32, 32))
+        update_g()
+    steps = {s["step"].item() for opt in ("opt_g", "opt_d") for s in state[opt].state.values()}
+    assert steps == {4.0} and state["t"] == 4  # one optimiser has seen every update
+    return [p.clone() for net in nets.values() for p in net.state_dict().values()]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_lazy_consistency_is_that_of_every_rth_update_and_lsgan_between(every):
+    """By the script's own update, whose weights of bCR are read anew at every call."""
+    args = tiny("icr_gan", lambda_dis=0.0, lambda_gen=0.0, lambda_real=3.0, lambda_fake=2.0)
+
+    def set_weights(i):
+        on = every * (i % every == 0)
+        args.lambda_real, args.lambda_fake = 3.0 * on, 2.0 * on
+
+    expected = four_updates(icr_gan.updates, args, set_weights)
+    args.lambda_real, args.lambda_fake = 3.0, 2.0
+    found = four_updates(lazy.lazy_updates(every), args)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lazy_consistency_needs_its_number():
+    with pytest.raises(ValueError, match="at every how many updates"):
+        lazy.main(["--steps", "3"])
 
 
 def made_up(method, seed, fid, **more):
