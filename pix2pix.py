@@ -153,15 +153,14 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels, width, n_layers, norm="batch"):
         super().__init__()
-        batch = norm == "batch"
-        normalise = nn.BatchNorm2d if batch else nn.InstanceNorm2d
         kernel, padding = (4, 1) if n_layers else (1, 0)
         strides = [2] * n_layers + [1] if n_layers else [1, 1]
         layers, d_in = [], channels
         for i, stride in enumerate(strides):
             d_out = width * min(2**i, 8)
-            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=not (i and batch))]
-            layers += [normalise(d_out)] if i else []
+            bias = not i or norm == "instance"
+            layers += [nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=bias)]
+            layers += [norm_layer(norm, d_out)] if i else []
             layers += [nn.LeakyReLU(0.2)]
             d_in = d_out
         self.body = nn.Sequential(*layers)

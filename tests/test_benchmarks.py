@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import icr_gan
-from tests.benchmarks import gpu, lazy, study, study_report, train, yardstick
+from tests.benchmarks import ablations, gpu, lazy, study, study_report, train, yardstick
 from tests.helpers import CACHE, LinearCritic, script, shell, tiny
 
 NAMES = train.scripts()
@@ -330,3 +330,46 @@ def test_ratios_are_to_the_baselines_mean_and_drift_is_told():
     assert [r["ratio"] for r in yardstick.with_ratios(rows)] == [0.5, 1.5, 0.5]
     assert "8 and 6" in yardstick.drift(rows) and yardstick.drift(rows[:1]) is None
     assert "x" in yardstick.table(yardstick.with_ratios(rows))
+
+
+# ---- ablations -------------------------------------------------------------------------------
+
+
+def test_ablations_train_what_is_missing_and_show_all_of_it(tmp_path, monkeypatch, capsys):
+    words = ["cyclegan", "--only", "whole;no cycle", "--steps", "1", "--subset", "8", "--width", "4"]
+    words += ["--n-blocks", "0", "--image-size", "32", "--eval-samples", "8", "--cache-dir", CACHE]
+    words += ["--rows", "3", "--out-dir", str(tmp_path), "--device", "cpu"]
+    path = ablations.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| input", "| training images", "| whole", "| no cycle",
+    ]  # fmt: skip
+    assert "error_AtoB" in lines[0] and lines[4].startswith("| whole | 1 | ")
+    logs = {p.parts[-3]: p.read_text() for p in tmp_path.glob("cyclegan/*/*/log.csv")}
+    assert "cycle_a" in logs["whole"] and "cycle_a" not in logs["no-cycle"]
+    sheet = path.read_bytes()
+    monkeypatch.setattr(ablations.subprocess, "run", None)  # nothing is trained again
+    assert ablations.main(words).read_bytes() == sheet
+    with pytest.raises(TypeError):
+        ablations.main([*words, "--seed", "1"])  # but another run is
+
+    # a block of columns for each direction, whose last row is the worst translation
+    folder = next(tmp_path.glob("cyclegan/whole/*/generator.pt")).parent
+    args = study.cli.args_of(folder, script("cyclegan").Args)
+    (there, x, true), (back, y, plain) = ablations.test_images("cyclegan", args)
+    assert (there, back) == ("AtoB", "BtoA") and len(x) == len(true) and len(y) == len(plain)
+    errors = (ablations.translated(folder, x, there) - true).abs().flatten(1).mean(1)
+    column = ablations.strip(x[torch.tensor([0, 1, errors.argmax()])], there)
+    whole = ablations.picture("cyclegan", {"whole": folder}, 3)
+    foot = whole.height // 2 - 4
+    shown = whole.crop((0, foot - column.height, column.width, foot))
+    assert shown.tobytes() == column.tobytes()
+
+
+def test_every_setting_is_one_that_its_script_takes():
+    for name in ablations.ABLATIONS:
+        assert ablations.arguments([name]).settings == list(ablations.ABLATIONS[name])
+    with pytest.raises(ValueError, match="--only has cgan"):
+        ablations.arguments(["pix2pix", "--only", "cgan"])
+    with pytest.raises(ValueError, match="unknown argument --lamda-l1"):
+        ablations.arguments(["pix2pix", "--lamda-l1", "3"])
