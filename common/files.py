@@ -68,8 +68,9 @@ def load_tensors(path):
 
 
 def first_line(e):
-    """The first line of what an exception says, or its type where it says nothing."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    """What an exception says, or its type where it says nothing: one line, and the next after a :"""
+    lines = [line.strip() for line in str(e).strip().splitlines()] or [type(e).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 # ---- tables ----------------------------------------------------------------------------------

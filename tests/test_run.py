@@ -122,6 +122,14 @@ def test_load_gives_a_trained_run_to_other_code(finished):
         assert_same(nets[name].state_dict(), checkpoint["nets"][name])
 
 
+def test_load_says_which_weights_do_not_fit_a_changed_script(finished, monkeypatch):
+    m = script("icr_gan")
+    build = m.build
+    monkeypatch.setattr(m, "build", lambda args: build(dataclasses.replace(args, z_dim=args.z_dim + 1)))
+    with pytest.raises(ValueError, match="do not fit icr_gan.py: .* size mismatch for stem.weight"):
+        run.load(finished)
+
+
 def start(name, **changes):
     """A Run of a script whose pictures and scores are stand-ins."""
     m, args = script(name), tiny(name, **changes)
