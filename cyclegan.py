@@ -447,8 +447,10 @@ def main(args):
 
     def score():
         if not baselines:
-            seen = (data.to_float(images.images[:n]) for images in (b, a))
+            seen = [data.to_float(images.images[:n]) for images in (b, a)]
+            mean = [x.mean(0).expand_as(real) for x, (_, real, _) in zip(seen, ways)]
             baselines["input"] = distances(test_a, test_b) | errors(test_a, test_b)
+            baselines["mean of training"] = distances(*mean) | errors(*mean)
             baselines["training images"] = distances(*seen)
         fake_b, rec_a = there_and_back(test_a, "AtoB")
         fake_a, rec_b = there_and_back(test_b, "BtoA")

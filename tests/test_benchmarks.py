@@ -341,10 +341,10 @@ def test_ablations_train_what_is_missing_and_show_all_of_it(tmp_path, monkeypatc
     words += ["--rows", "3", "--out-dir", str(tmp_path), "--device", "cpu"]
     path = ablations.main(words)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:6]] == [
-        "| input", "| training images", "| whole", "| no cycle",
+    assert [line.split(" | ")[0] for line in lines[2:7]] == [
+        "| input", "| mean of training", "| training images", "| whole", "| no cycle",
     ]  # fmt: skip
-    assert "error_AtoB" in lines[0] and lines[4].startswith("| whole | 1 | ")
+    assert "error_AtoB" in lines[0] and lines[5].startswith("| whole | 1 | ")
     logs = {p.parts[-3]: p.read_text() for p in tmp_path.glob("cyclegan/*/*/log.csv")}
     assert "cycle_a" in logs["whole"] and "cycle_a" not in logs["no-cycle"]
     sheet = path.read_bytes()

@@ -756,8 +756,10 @@ def test_a_run_shows_six_pictures_a_row_and_scores_both_directions(domains, tmp_
     both = {f"{name}_{way}" for name in ("fid", "kid") for way in ("AtoB", "BtoA")}
     assert set(rows[0]) == both | {"step", "seconds", "n", "features", "cycle_a", "cycle_b"}
     final = json.loads((folder / "metrics.json").read_text())
-    assert set(final["baselines"]) == {"input", "training images"}
-    assert set(final["baselines"]["input"]) == both
+    assert set(final["baselines"]) == {"input", "mean of training", "training images"}
+    given, mean = final["baselines"]["input"], final["baselines"]["mean of training"]
+    assert set(given) == set(mean) == both
+    assert all(mean[f"fid_{way}"] < given[f"fid_{way}"] for way in ("AtoB", "BtoA"))  # whose mean
     assert cli.read_args(folder)["args"]["channels"] == 1
     columns = set(files.read_csv(folder / "log.csv")[0])
     assert columns >= {"loss_g", "loss_d_a", "loss_d_b", "cycle_a", "identity_b", "adv_a", "lr"}
