@@ -58,7 +58,7 @@ class Args:
     # networks
     n_blocks: int = 3  # residual blocks of a generator
     width: int = 16  # channels at the widest resolution; deeper layers double
-    patch_layers: int = 2  # size of D's patches: 0 to 5 for 1, 16, 34, 70, 142, 286 pixels
+    patch_layers: int = 3  # size of D's patches: 0 to 5 for 1, 16, 34, 70, 142, 286 pixels
     paper_upsampling: bool = False  # kernels of 3 where maps are enlarged, uneven as in the paper
     skip: bool = True  # a generator adds what it finds to its input; off as in the paper
     # optimisation

@@ -214,9 +214,7 @@ def augment(x, flip, dx, dy):
 def draw_moves(n, args, device):
     """Random flip, dx, dy of augment for n images, each drawn for itself."""
     mirror = args.flip == "on" or (args.flip == "auto" and args.dataset not in ("digits", "mnist"))
-    flip = torch.zeros(n, dtype=torch.bool, device=device)
-    if mirror:
-        flip = torch.rand(n, device=device) < 0.5
+    flip = torch.rand(n, device=device) < (0.5 if mirror else 0)
     still = torch.zeros(2, n, dtype=torch.int64, device=device)
     return flip, *(torch.randint_like(still, -args.shift, args.shift + 1) if args.shift else still)
 
@@ -284,24 +282,28 @@ def updates(nets, args, ops=None):
         return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
     opt_g, opt_d, t = adam(g), adam(d), torch.zeros((), device=device)
-    zcr = args.sigma > 0  # else its terms are 0 anyway
-    lambda_dis, lambda_gen = args.lambda_dis * zcr, args.lambda_gen * zcr
+    # without sigma the terms of zCR are 0 anyway
+    lambda_dis, lambda_gen = ((args.sigma > 0) * w for w in (args.lambda_dis, args.lambda_gen))
+
+    def generate(z, near):
+        """G(z), and G(z + sigma n) of the first `near` of z, by the same statistics of one batch.
+
+        In a batch of their own BatchNorm would tell the near ones, and G be paid for that.
+        """
+        moved = z[:near] + args.sigma * torch.randn_like(z[:near])
+        return g(torch.cat([z, moved])).split([len(z), near])
 
     def update_d(real):
         z = torch.randn(len(real), args.z_dim, device=device)
+        seen = max(1, round(args.consistency_share * len(real)))  # images, by the terms
         with autocast():
             with torch.no_grad():
-                fake = g(z).to(real.dtype)
-            seen = max(1, round(args.consistency_share * len(real)))  # images, by the terms
+                fake, near = (x.to(real.dtype) for x in generate(z, seen if lambda_dis else 0))
             sets = [real, fake]
-            if args.lambda_real:
-                sets.append(ops.augment(real[:seen], *draw_moves(seen, args, device)))
-            if args.lambda_fake:
-                sets.append(ops.augment(fake[:seen], *draw_moves(seen, args, device)))
-            if lambda_dis:  # all of them, so that G's BatchNorm meets a batch like that of z
-                with torch.no_grad():
-                    near = g(z + args.sigma * torch.randn_like(z)).to(real.dtype)
-                sets.append(near[:seen])
+            for images, weight in ((real, args.lambda_real), (fake, args.lambda_fake)):
+                if weight:
+                    sets.append(ops.augment(images[:seen], *draw_moves(seen, args, device)))
+            sets += [near] if lambda_dis else []
             scores = d(torch.cat(sets)).split([len(x) for x in sets])  # one power iteration
         d_out = fill_up(scores, args.lambda_real)
         weights = [w * len(real) / seen for w in (args.lambda_real, args.lambda_fake, lambda_dis)]
@@ -314,14 +316,14 @@ def updates(nets, args, ops=None):
 
     def update_g():
         z = torch.randn(args.batch_size, args.z_dim, device=device)
+        seen = max(1, round(args.consistency_share * len(z))) if lambda_gen else 0
         with autocast():
-            fake = g(z)
+            fake, near = generate(z, seen)
             loss = generator_loss(d(fake))
-            if lambda_gen:
-                near = g(z + args.sigma * torch.randn_like(z))
         logs = {}
         if lambda_gen:
-            gen = ops.consistency(fake.to(loss.dtype), near.to(loss.dtype), lambda_gen)
+            fake, near = fake[:seen].to(loss.dtype), near.to(loss.dtype)
+            gen = ops.consistency(fake, near, lambda_gen)
             logs["gen_ratio"] = gen.detach() / loss.detach().clamp(min=1e-6)
             loss = loss - gen
         opt_g.zero_grad()

@@ -217,8 +217,9 @@ def test_latent_terms_use_the_same_z_and_the_adversarial_one_the_unperturbed():
     update_d, update_g, _ = icr_gan.updates(nets, args)
     update_d(torch.rand(8, 1, 32, 32))
     update_g()
-    z_d, near_d, z_g, near_g = seen
-    for z, near in ((z_d, near_d), (z_g, near_g)):
+    pairs = [both.chunk(2) for both in seen]  # each in one batch, so by the same statistics
+    (z_d, _), (z_g, _) = pairs
+    for z, near in pairs:
         assert (near - z).std().item() == pytest.approx(0.01, rel=0.4)
         assert z.std().item() == pytest.approx(1, rel=0.4)
     assert (z_d - z_g).abs().max() > 0.5  # D and G draw their own
@@ -242,7 +243,8 @@ def test_loss_of_g_is_the_adversarial_one_less_the_distance_of_neighbours():
     nets["discriminator"].register_forward_hook(lambda net, x, y: 0 * y)
     nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
     logs = icr_gan.updates(nets, args)[1]()
-    gen = 3 * (fakes[0] - fakes[1]).square().mean()
+    fake, near = fakes[0].chunk(2)
+    gen = 3 * (fake - near).square().mean()
     torch.testing.assert_close(logs["loss_g"], 0.5 - gen)
     torch.testing.assert_close(logs["gen_ratio"], gen / 0.5)
 
@@ -305,13 +307,14 @@ def test_a_perfectly_fooled_discriminator_is_no_divergence(monkeypatch):
 
 @pytest.mark.parametrize("share, seen", [(1.0, 8), (0.5, 4), (0.25, 2), (0.01, 1)])
 def test_terms_see_a_share_of_the_images_and_are_means_over_these(share, seen):
-    args, ops = tiny("icr_gan", consistency_share=share, lambda_gen=0.0), Recorder("icr_gan")
+    args, ops = tiny("icr_gan", consistency_share=share, batch_size=8), Recorder("icr_gan")
     nets, inputs, latents = icr_gan.build(args), [], []
     nets["discriminator"].register_forward_hook(lambda net, x, y: inputs.append(len(x[0])))
     nets["generator"].register_forward_hook(lambda net, z, y: latents.append(len(z[0])))
     real = torch.rand(8, 1, 32, 32) * 2 - 1
-    logs = icr_gan.updates(nets, args, ops)[0](real)
-    assert inputs == [16 + 3 * seen] and latents == [8, 8]
+    update_d, update_g, _ = icr_gan.updates(nets, args, ops)
+    logs = update_d(real)
+    assert inputs == [16 + 3 * seen] and latents == [8 + seen]
     assert [len(a[0]) for name, a in ops.calls if name == "augment"] == [seen, seen]
     ((d_out, *weights),) = [a for name, a in ops.calls if name == "icr_d_loss"]
     assert d_out.shape == (5, 8) and weights == [10 * 8 / seen, 10 * 8 / seen, 5 * 8 / seen]
@@ -321,6 +324,10 @@ def test_terms_see_a_share_of_the_images_and_are_means_over_these(share, seen):
         assert logs[key].item() == pytest.approx(wanted.item(), rel=1e-5)
     total = logs["lsgan"] + 10 * logs["real"] + 10 * logs["fake"] + 5 * logs["dis"]
     assert logs["loss_d"].item() == pytest.approx(total.item(), rel=1e-5)
+    update_g()
+    assert inputs[1:] == [8] and latents[1:] == [8 + seen]  # D sees the images of z alone
+    ((a, b, _),) = [a for name, a in ops.calls if name == "consistency"]
+    assert len(a) == len(b) == seen and not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
