@@ -214,8 +214,8 @@ def augment(x, flip, dx, dy):
 def draw_moves(n, args, device):
     """Random flip, dx, dy of augment for n images, each drawn for itself."""
     mirror = args.flip == "on" or (args.flip == "auto" and args.dataset not in ("digits", "mnist"))
-    flip = torch.rand(n, device=device) < (0.5 if mirror else 0)
     still = torch.zeros(2, n, dtype=torch.int64, device=device)
+    flip = torch.rand(n, device=device) < 0.5 if mirror else still[0] > 0
     return flip, *(torch.randint_like(still, -args.shift, args.shift + 1) if args.shift else still)
 
 
@@ -322,8 +322,7 @@ def updates(nets, args, ops=None):
             loss = generator_loss(d(fake))
         logs = {}
         if lambda_gen:
-            fake, near = fake[:seen].to(loss.dtype), near.to(loss.dtype)
-            gen = ops.consistency(fake, near, lambda_gen)
+            gen = ops.consistency(fake[:seen].to(loss), near.to(loss), lambda_gen)
             logs["gen_ratio"] = gen.detach() / loss.detach().clamp(min=1e-6)
             loss = loss - gen
         opt_g.zero_grad()
