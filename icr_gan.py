@@ -44,7 +44,7 @@ class Args:
     lambda_fake: float = 10.0  # weight of D(G(z)) against D(T(G(z))); 0 = off
     lambda_dis: float = 5.0  # weight of D(G(z)) against D(G(z + sigma n)); 0 = off
     lambda_gen: float = 0.5  # weight of G(z) against G(z + sigma n), which G pushes apart; 0 = off
-    consistency_share: float = 1.0  # share of each batch that the terms of D see, above 0
+    consistency_share: float = 0.5  # share of each batch that the terms see, above 0; 1 = all
     shift: int | None = None  # largest move of T in pixels, 0 = none [image_size / 32, at least 1]
     flip: Literal["auto", "on", "off"] = "auto"  # whether T mirrors; auto = not digits and mnist
     # networks

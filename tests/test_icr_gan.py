@@ -198,7 +198,7 @@ def test_every_set_goes_through_d_in_one_call():
     update_d, update_g, _ = icr_gan.updates(nets, args)
     update_d(torch.rand(8, 1, 32, 32))
     update_g()
-    assert sizes == [40, 8]
+    assert sizes == [8 + 8 + 3 * 4, 8]  # the terms see half of each
 
 
 def test_real_and_fake_are_moved_independently_of_each_other():
@@ -217,10 +217,10 @@ def test_latent_terms_use_the_same_z_and_the_adversarial_one_the_unperturbed():
     update_d, update_g, _ = icr_gan.updates(nets, args)
     update_d(torch.rand(8, 1, 32, 32))
     update_g()
-    pairs = [both.chunk(2) for both in seen]  # each in one batch, so by the same statistics
+    pairs = [both.split([8, 4]) for both in seen]  # each in one batch, so by the same statistics
     (z_d, _), (z_g, _) = pairs
     for z, near in pairs:
-        assert (near - z).std().item() == pytest.approx(0.01, rel=0.4)
+        assert (near - z[:4]).std().item() == pytest.approx(0.01, rel=0.4)
         assert z.std().item() == pytest.approx(1, rel=0.4)
     assert (z_d - z_g).abs().max() > 0.5  # D and G draw their own
 
@@ -243,8 +243,8 @@ def test_loss_of_g_is_the_adversarial_one_less_the_distance_of_neighbours():
     nets["discriminator"].register_forward_hook(lambda net, x, y: 0 * y)
     nets["generator"].register_forward_hook(lambda net, z, y: fakes.append(y.detach()))
     logs = icr_gan.updates(nets, args)[1]()
-    fake, near = fakes[0].chunk(2)
-    gen = 3 * (fake - near).square().mean()
+    fake, near = fakes[0].split([args.batch_size, args.batch_size // 2])
+    gen = 3 * (fake[: len(near)] - near).square().mean()
     torch.testing.assert_close(logs["loss_g"], 0.5 - gen)
     torch.testing.assert_close(logs["gen_ratio"], gen / 0.5)
 

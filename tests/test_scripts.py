@@ -42,7 +42,10 @@ OTHER_LINES = {
     "began": "gamma lambda_pt z_dim width batch_size",
     "vaegan": "gamma batch_size lr lambda_adv",
     "pix2pix": "dataset image_size width batch_size lr beta2 ema_decay eval_samples jitter lambda_adv",
-    "cyclegan": "dataset image_size steps batch_size lr beta2 ema_decay eval_samples jitter channels",
+    "cyclegan": (
+        "dataset image_size steps batch_size lr beta2 ema_decay eval_samples jitter channels "
+        "patch_layers"
+    ),
 }
 
 
@@ -112,7 +115,7 @@ def test_what_updates_and_main_share_is_the_same_text():
         ("    def autocast():", "cache_enabled=False)\n"),
         ("        z = torch.randn(len(real)", "\n"),
         ("        opt_d.zero_grad()", "opt_d.step()\n"),
-        ("    def update_g():", "fake = g(z)\n"),
+        ("    def update_g():", "device=device)\n"),
         ("        opt_g.zero_grad()", "max=args.ema_decay))\n"),
     )
     for first, last in spans:
