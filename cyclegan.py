@@ -62,7 +62,7 @@ class Args:
     paper_upsampling: bool = False  # kernels of 3 where maps are enlarged, uneven as in the paper
     skip: bool = True  # a generator adds what it finds to its input; off as in the paper
     # optimisation
-    steps: int | None = None  # generator updates [2800, or no limit with --max-minutes]
+    steps: int | None = None  # generator updates [1400, or no limit with --max-minutes]
     max_minutes: float | None = None  # end after this much training time [no limit]
     batch_size: int = 2  # images of each domain per update
     lr: float = 5e-4  # Adam step size, all networks
@@ -87,7 +87,7 @@ class Args:
 
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None and self.resume is None:
-            self.steps = 2800
+            self.steps = 1400
         if self.lambda_cycle_b is None:
             self.lambda_cycle_b = self.lambda_cycle
         if not 0 <= self.patch_layers <= 5:

@@ -25,10 +25,10 @@ ABLATIONS = {  # of a script: its settings, by what stands above them in the pic
     "pix2pix": {
         "L1": "--lambda-adv 0",
         "cGAN": "--lambda-l1 0",
-        WHOLE: "",
-        "whole, no condition": "--condition off",
-        "L1, no skips": "--skips off --lambda-adv 0",
-        "whole, no skips": "--skips off",
+        "L1+cGAN": "",
+        "L1+GAN": "--condition off",
+        "no skips, L1": "--skips off --lambda-adv 0",
+        "no skips, L1+cGAN": "--skips off",
     },
     "cyclegan": {
         WHOLE: "",
