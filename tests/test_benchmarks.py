@@ -122,8 +122,12 @@ def test_every_command_of_the_study_is_taken_by_its_script():
     a = arguments("--methods", ",".join([*study.METHODS, *study.OTHERS]), "--seeds", "1")
     jobs = study.listed(a)
     assert {j["method"] for j in jobs} == {*study.METHODS, *study.OTHERS, "reference"}
-    again = [j["setting"] for j in jobs if j["method"] == "reference"]
-    assert again == [str(i) for i in range(math.ceil((len(jobs) - len(again)) / 8))]
+    again = [j for j in jobs if j["method"] == "reference"]
+    assert jobs[::9] == again  # before every eighth other run
+    assert {(j["args"], j["seed"]) for j in again} == {("lsgan.py", "0")}
+    few = study.listed(arguments("--methods", "cr", "--seeds", "1"))
+    assert few[0]["method"] == "reference"
+    assert few[0]["setting"] not in [j["setting"] for j in again]  # of a study of its own
     assert len({study.key_of(j) for j in jobs}) == len(jobs)
     paired = next(j for j in jobs if j["method"] == "pix2pix")
     assert paired["dataset"] == "blueprints"  # its own

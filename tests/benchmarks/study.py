@@ -155,7 +155,9 @@ def listed(a):
         for setting in range(1, a.settings + 1) if a.settings else (0,):
             for name in usable:
                 if done % REFERENCE_EVERY == 0 and not a.no_reference:
-                    add("reference", METHODS[BASE][0], 0, done // REFERENCE_EVERY)
+                    # named by its place, so that a study of other methods has its own
+                    place = f"before-{name}-{setting}-{seed}"
+                    add("reference", METHODS[BASE][0], 0, place)
                 add(name, methods[name][0], seed, setting)
                 done += 1
     return jobs
