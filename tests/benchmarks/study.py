@@ -68,7 +68,7 @@ METHODS = {  # name: command, and the distance that the course behind this proje
     "cr": (f"{ICR} 1 {OFF} --lambda-real 10", None),
     "bcr": (f"{ICR} 1 {BCR}", None),
     "zcr": (f"{ICR} 1 {OFF} --lambda-dis 5 --lambda-gen 0.5", None),
-    # the course's mistake, on purpose: digits mirrored, and the paper's weights on scores of [0, 1]
+    # the course's mistake, on purpose: digits mirrored, and none moved
     "icr-course": (f"{ICR} 1 {PAPER} --sigma 0.03 --flip on --shift 0", 61.626),
 }
 OTHERS = {  # only where --methods names them: consistency on a share of the images,
