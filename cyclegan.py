@@ -12,14 +12,16 @@ Differs  1. A generator adds what it finds to its input (--skip off: not). Insta
          first convolution takes away the mean colour of an image, which the paper's generators can
          only guess; what leaves [-1, 1] is cut, and a pixel there has no gradient; 2. maps are
          enlarged by kernels of 4, which cover all pixels evenly; the paper's of 3 do not, and leave
-         checkerboards; 3. networks, patches of D (34 pixels, the paper's 70), batch and rate are
-         those found for 64 pixels and minutes; 4. an exponential average of both generators is
-         sampled and scored, in the paper they themselves; 5. the identity's weight is absolute, 5;
-         the paper's is relative, .5 of 10, and on for paintings alone.
+         checkerboards; 3. networks, the batch and the rate are those found for 64 pixels and
+         minutes, at which D's patches of 70 pixels, the paper's, are wider than the image; 4. an
+         exponential average of both generators is sampled and scored, in the paper they themselves;
+         5. the identity's weight is absolute, 5; the paper's is relative, .5 of 10, and on for
+         paintings alone.
 Reached  stripes, 1,400 updates in 160 to 200 s of one thread of a CPU, seeds 0 to 2: Frechet
          distance (cifarnet) 10.7 +- .5 from A and 16.0 +- 2.3 from B (the input itself 55.3, other
          real images 1.8 and 1.3); error against the true counterpart .084 and .049 (the input .071
-         and .072): stripes look right and lie wrong: python cyclegan.py --precision bf16 --threads 1
+         and .072), as stripes look right and lie wrong:
+         python cyclegan.py --precision bf16 --threads 1
 Run      python cyclegan.py                                # built-in stripes
          python cyclegan.py --dataset horse2zebra
 Use      from cyclegan import Args, build, sample          # needs torch only
@@ -250,7 +252,9 @@ class ImagePool:
 
 @torch.no_grad()
 def initialise(layer):
-    """Weights from N(0, .02^2), BatchNorm's scales from N(1, .02^2), biases 0 (section 6.2)."""
+    """Weights from N(0, .02^2), BatchNorm's scales from N(1, .02^2), biases 0.
+
+    Isola et al. 2016, arXiv:1611.07004, section 6.2."""
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         layer.weight.normal_(1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
         if layer.bias is not None:
@@ -295,7 +299,9 @@ def sample(nets, args, x, direction="AtoB"):
 
 
 def jittered(pair, enlarge=True, mirror=True):
-    """Pairs [N, C, S, S] in [-1, 1]: each enlarged, cropped and mirrored as one (section 6.2)."""
+    """Images [N, C, S, S] in [-1, 1], or pairs along C: each enlarged, cropped and mirrored as one.
+
+    Isola et al. 2016, arXiv:1611.07004, section 6.2."""
     n, _, size, _ = pair.shape
     device, large = pair.device, round(size * 286 / 256)
     rows = columns = torch.arange(size, device=device).expand(n, size)

@@ -86,7 +86,7 @@ class Args:
             self.steps = 4000
         if self.shift is None:
             self.shift = max(1, self.image_size // 32)
-        if self.shift >= self.image_size:
+        elif self.shift >= self.image_size:
             raise ValueError(f"shift must be below image_size, {self.image_size}, got {self.shift}")
         if not 0 < self.consistency_share <= 1:
             raise ValueError(f"consistency_share must be in (0, 1], got {self.consistency_share}")

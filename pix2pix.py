@@ -40,7 +40,7 @@ class Args:
     data_dir: str = "data"  # where data sets lie; downloads go here
     cache_dir: str = "data/cache"  # decoded images and statistics of real images
     subset: int = 0  # train on only that many images, drawn with a fixed seed; 0 = all
-    image_size: int = 64  # height and width in pixels, a power of two from 8 to 512
+    image_size: int = 64  # height and width in pixels, a power of two from 16 to 512
     channels_a: int = 0  # of A's images, filled in from the data
     channels_b: int = 0  # of B's images, filled in from the data
     direction: Literal["AtoB", "BtoA"] = "AtoB"  # from which images of a pair to which
@@ -218,7 +218,9 @@ def build(args):
 
 @torch.no_grad()
 def initialise(layer):
-    """Weights from N(0, .02^2), BatchNorm's scales from N(1, .02^2), biases 0 (section 6.2)."""
+    """Weights from N(0, .02^2), BatchNorm's scales from N(1, .02^2), biases 0.
+
+    Isola et al. 2016, arXiv:1611.07004, section 6.2."""
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         layer.weight.normal_(1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
         if layer.bias is not None:
@@ -243,7 +245,9 @@ def sample(nets, args, x, dropout=True):
 
 
 def jittered(pair, enlarge=True, mirror=True):
-    """Pairs [N, C, S, S] in [-1, 1]: each enlarged, cropped and mirrored as one (section 6.2)."""
+    """Images [N, C, S, S] in [-1, 1], or pairs along C: each enlarged, cropped and mirrored as one.
+
+    Isola et al. 2016, arXiv:1611.07004, section 6.2."""
     n, _, size, _ = pair.shape
     device, large = pair.device, round(size * 286 / 256)
     rows = columns = torch.arange(size, device=device).expand(n, size)

@@ -170,6 +170,43 @@ def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
     assert unknown.returncode == 2 and "did you mean lsgan" in unknown.stderr
 
 
+def test_a_run_that_is_killed_is_a_row_and_one_that_was_asked_to_end_is_not(tmp_path, monkeypatch):
+    a = arguments("--methods", "lsgan,cr,wgan", "--seeds", "1", "--no-reference", "--no-control")
+    made = study.Study(a, tmp_path / "study.csv", [], tmp_path)
+    ends = {"lsgan": -9, "cr": 128 + 15, "wgan": 3}
+    for job in study.listed(a):
+        code = ends[job["method"]]
+        monkeypatch.setattr(made, "command", lambda *words, limit=None, code=code: (code, "", ""))
+        made.run(job)
+    rows = study.load(tmp_path / "study.csv")
+    assert [(r["method"], r["failed"]) for r in rows] == [
+        ("lsgan", "ended by signal 9"), ("wgan", "exit 3"),
+    ]  # fmt: skip
+
+
+def test_two_studies_of_one_csv_keep_each_others_rows(tmp_path):
+    a, path = arguments("--methods", "lsgan"), tmp_path / "study.csv"
+    for seed in (0, 1):  # each began when there was nothing yet
+        study.Study(a, path, [], tmp_path).keep(made_up("lsgan", seed, 1.0))
+    assert sorted(r["seed"] for r in study.load(path)) == ["0", "1"]
+
+
+def test_rows_by_other_arguments_are_told(tmp_path, capsys):
+    a = arguments("--methods", "cr,lsgan", "--seeds", "1", "--no-reference")
+    rows = [{**dict.fromkeys(study.COLUMNS, ""), **j} for j in study.listed(a)]
+    rows[0]["args"] += " --sigma 1"
+    study.save(tmp_path / "study.csv", rows)
+    assert study.train(a, tmp_path / "study.csv")
+    said = capsys.readouterr().err
+    assert "other arguments" in said and "cr" in said and "lsgan" not in said
+
+
+@pytest.mark.parametrize("flag", ["--minutes", "--steps", "--seeds"])
+def test_a_study_costs_something(flag):
+    with pytest.raises(ValueError, match=f"{flag} must be positive"):
+        study.arguments([flag, "-1", *(["--steps", "3"] if flag == "--seeds" else [])])
+
+
 def four_updates(updates, args, set_weights=lambda i: None):
     """Weights and optimiser counts after four updates of G, and of D, on the same images."""
     torch.manual_seed(0)
@@ -190,7 +227,7 @@ def test_lazy_consistency_is_that_of_every_rth_update_and_lsgan_between(every):
     args = tiny("icr_gan", lambda_dis=0.0, lambda_gen=0.0, lambda_real=3.0, lambda_fake=2.0)
 
     def set_weights(i):
-        on = every * (i % every == 0)
+        on = every * ((i + 1) % every == 0)
         args.lambda_real, args.lambda_fake = 3.0 * on, 2.0 * on
 
     expected = four_updates(icr_gan.updates, args, set_weights)
@@ -203,6 +240,8 @@ def test_lazy_consistency_is_that_of_every_rth_update_and_lsgan_between(every):
 def test_lazy_consistency_needs_its_number():
     with pytest.raises(ValueError, match="at every how many updates"):
         lazy.main(["--steps", "3"])
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        lazy.main(["2", "--resume", "runs/some"])
 
 
 def made_up(method, seed, fid, **more):
@@ -356,9 +395,14 @@ def test_ablations_train_what_is_missing_and_show_all_of_it(tmp_path, monkeypatc
     assert ablations.main(words).read_bytes() == sheet
     with pytest.raises(TypeError):
         ablations.main([*words, "--seed", "1"])  # but another run is
+    monkeypatch.undo()
+    ablations.main([*words, "--seed", "1", "--only", "whole"])
+    assert len(list(tmp_path.glob("cyclegan/whole/*/generator.pt"))) == 2
+    monkeypatch.setattr(ablations.subprocess, "run", None)
+    assert ablations.main(words).read_bytes() == sheet  # each finds its own
 
     # a block of columns for each direction, whose last row is the worst translation
-    folder = next(tmp_path.glob("cyclegan/whole/*/generator.pt")).parent
+    folder = ablations.trained("cyclegan", "whole", ablations.arguments(words).words, tmp_path)
     args = study.cli.args_of(folder, script("cyclegan").Args)
     (there, x, true), (back, y, plain) = ablations.test_images("cyclegan", args)
     assert (there, back) == ("AtoB", "BtoA") and len(x) == len(true) and len(y) == len(plain)

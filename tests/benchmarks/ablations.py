@@ -6,18 +6,20 @@
 
 Every setting is trained by the script's own command line, one after the other, each in a process of
 its own; what is not named here goes to all of them. A run that has ended in --out-dir with the same
-arguments is not made again. The picture has the same test images in each row, as found, and last
-the one whose translation by the whole method is farthest from its true counterpart, if that is known.
+arguments is not made again. The picture has the same test images in each row, as found; of cyclegan
+the last is the one whose translation by the whole method is farthest from its true counterpart, if
+that is known. --picture keeps those of several data sets apart.
 """
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from common import cli, data, pictures, run, terminal
+from common import cli, data, files, pictures, run, terminal
 
 ROOT = Path(__file__).parents[2]
 WHOLE = "whole"
@@ -47,18 +49,18 @@ def trained(script, setting, words, out_dir):
     """The run folder of one setting, made where it is not there yet; None where it failed."""
     words = [*words, *ABLATIONS[script][setting].split()]
     out = Path(out_dir) / script / setting.replace(", ", "-").replace(" ", "-")
-    note, said = out / "words.json", json.dumps(words)
-    if note.exists() and note.read_text() == said:
-        (folder,) = (p.parent for p in out.glob("*/generator.pt"))
-        return folder
-    terminal.note(f"{setting}: {script}.py {' '.join(words)}")
+    note, said = out / "words.json", shlex.join(words)
+    made = json.loads(note.read_text()) if note.exists() else {}
+    if said in made and (out / made[said] / "generator.pt").exists():
+        return out / made[said]
+    terminal.note(f"{setting}: {script}.py {said}")
     out.mkdir(parents=True, exist_ok=True)
     before = set(out.iterdir())
     words = [f"{script}.py", *words, "--sample-every", "0", "--out-dir", str(out), "--quiet"]
     if subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         return None
     (folder,) = set(out.iterdir()) - before
-    note.write_text(said)
+    files.write_atomic(note, json.dumps(made | {said: folder.name}, indent=1).encode())
     return folder
 
 

@@ -5,8 +5,9 @@
 One of the lectures behind this project asks whether the terms are needed at every update. The
 updates between are those of LSGAN; all share one optimiser for each network. The run folder is one
 of icr_gan.py, whose args.json names the weights of a single update. On a CPU, as graphs of two
-kinds of update would not share their optimisers.
+kinds of update would not share their optimisers; by one process, and not to be resumed.
 """
+import os
 import sys
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from common import cli
 
 
 def lazy_updates(every, real_updates=icr_gan.updates):
-    """updates of icr_gan with the terms on in updates 0, every, 2 every, ... of G."""
+    """updates of icr_gan with the terms on in the last of so many updates of G, which is logged."""
 
     def updates(nets, args, ops=None):
         names = "lambda_real", "lambda_fake", "lambda_dis", "lambda_gen"
@@ -27,7 +28,7 @@ def lazy_updates(every, real_updates=icr_gan.updates):
         done, t = state["t"], bare["t"]
 
         def due():
-            return int(done) % every == 0
+            return (int(done) + 1) % every == 0
 
         def lazy_d(real):
             if due():
@@ -52,6 +53,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or not argv[0].isdigit() or int(argv[0]) < 1:
         raise ValueError(f"give R, at every how many updates, first; got {argv[:1] or 'nothing'}")
+    resumed = any(word.startswith("--resume") for word in argv)
+    if resumed or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a lazy run is of one process and cannot be resumed")
     args = cli.parse(icr_gan.Args, argv[1:])
     icr_gan.updates = lazy_updates(int(argv[0]))
     return icr_gan.main(replace(args, device="cpu"))

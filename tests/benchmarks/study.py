@@ -88,6 +88,7 @@ OTHERS = {  # only where --methods names them: consistency on a share of the ima
 }
 BASE = "lsgan"
 REFERENCE_EVERY = 8  # runs
+ENDED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of who was asked to end
 RANGES = {  # of --settings; an argument that a method's own command gives stays
     "lr": lambda r, old: 10 ** r.uniform(-4, -2),
     "beta1": lambda r, old: r.choice([0.0, 0.5, 0.9]),
@@ -175,7 +176,7 @@ class Study:
 
     def __init__(self, a, path, rows, out_dir):
         self.a, self.path, self.rows, self.out_dir = a, path, rows, out_dir
-        self.running, self.lock, self.stopping = set(), threading.Lock(), False
+        self.running, self.lock, self.stopping = set(), threading.RLock(), False
         self.rates = {}  # updates of G per second by method, of this study and of its earlier runs
         for row in rows:
             self._learn(row)
@@ -228,9 +229,9 @@ class Study:
             raise cli.Diverged(f"a first step of lsgan.py failed: {said}")
         shutil.rmtree(out, ignore_errors=True)
 
-    def control(self, folder):
+    def control(self, folder, dataset):
         a = self.a
-        if a.no_control:
+        if a.no_control or dataset != "mnist":
             return ""
         words = ["-m", "tests.benchmarks.study", "--n", str(a.n)]
         words += ["--data-dir", a.data_dir, "--cache-dir", a.cache_dir, "--score"]
@@ -266,15 +267,16 @@ class Study:
         limit = 60 * (4 * a.minutes + 15) if a.minutes else None  # who is not back by then hangs
         try:
             code, _, said = self.command(*self.words_of(job, out), limit=limit)
-            if self.stopping or code < 0:
+            if self.stopping or code in ENDED:
                 return
             row = dict.fromkeys(COLUMNS, "") | job
             row |= {"torch": torch.__version__, "date": f"{date.today()}", "jobs": a.jobs}
             if code:
-                row["failed"] = said.removeprefix("error: ")
+                killed = f"ended by signal {-code}" if code < 0 else f"exit {code}"
+                row["failed"] = said.removeprefix("error: ") if code > 0 and said else killed
             else:
                 (folder,) = out.iterdir()
-                row |= finished(folder) | {"control": self.control(str(folder))}
+                row |= finished(folder) | {"control": self.control(str(folder), job["dataset"])}
                 if (job["seed"], job["setting"]) == ("0", "0") and job["method"] != "reference":
                     row["samples"] = first_samples(folder)
             if self.stopping:
@@ -291,6 +293,10 @@ class Study:
         with self.lock:
             self.rows.append(row)
             self._learn(row)
+            # another study may have added to the csv since
+            known = set(map(key_of, self.rows))
+            others = load(self.path) if self.path.exists() else []
+            self.rows += [r for r in others if key_of(r) not in known]
             save(self.path, self.rows)
         told = ", ".join(f"{k} {row[k]}" for k in ("steps", "fid", "control") if row[k])
         name = f"{row['method']} setting {row['setting']} seed {row['seed']}"
@@ -350,7 +356,11 @@ def save(path, rows):
 def train(a, path):
     """Whatever of the study is not in the csv yet; returns whether all of it is there now."""
     rows = load(path)
-    have, jobs = {key_of(r) for r in rows}, listed(a)
+    have, jobs = {key_of(r): r["args"] for r in rows}, listed(a)
+    changed = {j["method"] for j in jobs if have.get(key_of(j), j["args"]) != j["args"]}
+    if changed:
+        names = ", ".join(sorted(changed))
+        terminal.warn(f"{path} has runs by other arguments than today's, which stay: {names}")
     todo = [j for j in jobs if key_of(j) not in have]
     if not todo:
         return True
@@ -441,8 +451,10 @@ def arguments(argv):
     for name, least in (("jobs", 1), ("evals", 1), ("n", 6), ("settings", 0), ("subset", 0)):
         if getattr(a, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(a, name)}")
+    for name in ("minutes", "steps", "seeds"):
+        if getattr(a, name) is not None and not getattr(a, name) > 0:
+            raise ValueError(f"--{name} must be positive, got {getattr(a, name)}")
     a.seeds = a.seeds or (1 if a.settings else 3)
-    a.no_control = a.no_control or a.dataset != "mnist"
     return a
 
 
