@@ -34,12 +34,12 @@ ABLATIONS = {  # of a script: its settings, by what stands above them in the pic
     },
     "cyclegan": {
         WHOLE: "",
-        "forward cycle": "--lambda-cycle-b 0",
-        "backward cycle": "--lambda-cycle 0 --lambda-cycle-b 10",
+        "A-B-A": "--lambda-cycle-b 0",
+        "B-A-B": "--lambda-cycle 0 --lambda-cycle-b 10",
         "no cycle": "--lambda-cycle 0",
-        "identity 0": "--lambda-identity 0",
+        "idt 0": "--lambda-identity 0",
         "no skip": "--skip off",
-        "no skip, identity 0": "--skip off --lambda-identity 0",
+        "no skip, idt 0": "--skip off --lambda-identity 0",
     },
 }
 ROWS = 6
