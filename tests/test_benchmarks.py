@@ -61,6 +61,15 @@ def test_the_straightforward_loop_has_the_losses_of_the_script(name, loss_g, los
     assert [float(value) for _, value in losses[:2]] == pytest.approx([loss_g, loss_d], abs=1e-5)
 
 
+def test_the_loops_terms_see_the_same_share_of_the_images():
+    args, seen = tiny("icr_gan", batch_size=8, consistency_share=0.25), []
+    nets = icr_gan.build(args)
+    nets["discriminator"].register_forward_hook(lambda m, x, y: seen.append(len(x[0])))
+    pixels = torch.full((16, 1, 32, 32), 200, dtype=torch.uint8)
+    train.gan_loop(icr_gan, args, nets, pixels, torch.device("cpu"))()
+    assert seen == [8, 8, 8, 2, 2, 2]
+
+
 @pytest.mark.parametrize("name, target", [("wgan_gp", 1.0), ("cn_lsgan", 0.5)])
 def test_the_loops_penalty_has_its_gradient(name, target):
     """A linear critic's slope is w: the double backward of lambda (|w| - target)^2 is known."""

@@ -125,6 +125,7 @@ def gan_loop(m, args, nets, pixels, device):
     terms = ("real", "fake", "dis", "gen", "gp", "rec")
     weights = {k: getattr(args, f"lambda_{k}", 0) for k in terms}
     sigma, target = getattr(args, "sigma", 0), getattr(args, "gp_target", 1)
+    seen = max(1, round(getattr(args, "consistency_share", 1) * args.batch_size))
     adversarial = getattr(m, "critic_loss", None) or m.discriminator_loss
     batches = forever(pixels, args, device)
 
@@ -145,7 +146,7 @@ def gan_loop(m, args, nets, pixels, device):
         opt_g.zero_grad()
         loss = m.generator_loss(d(fake))
         if weights["gen"]:
-            loss = loss - weights["gen"] * ((fake - near(z)) ** 2).mean()
+            loss = loss - weights["gen"] * ((fake[:seen] - near(z[:seen])) ** 2).mean()
         if weights["rec"]:
             loss = loss + weights["rec"] * ((fake - real) ** 2).mean()
         loss.backward()
@@ -157,11 +158,12 @@ def gan_loop(m, args, nets, pixels, device):
         d_real, d_fake = d(real), d(fake)
         loss = adversarial(d_real, d_fake)
         if weights["real"]:
-            loss = loss + weights["real"] * ((d_real - d(moved(real))) ** 2).mean()
+            loss = loss + weights["real"] * ((d_real[:seen] - d(moved(real[:seen]))) ** 2).mean()
         if weights["fake"]:
-            loss = loss + weights["fake"] * ((d_fake - d(moved(fake))) ** 2).mean()
+            loss = loss + weights["fake"] * ((d_fake[:seen] - d(moved(fake[:seen]))) ** 2).mean()
         if weights["dis"]:
-            loss = loss + weights["dis"] * ((d_fake - d(near(z).detach())) ** 2).mean()
+            d_near = d(near(z[:seen]).detach())
+            loss = loss + weights["dis"] * ((d_fake[:seen] - d_near) ** 2).mean()
         if weights["gp"]:
             loss = loss + weights["gp"] * penalty(real, fake)
         loss.backward()
