@@ -17,7 +17,7 @@ Differs  1. A generator adds what it finds to its input (--skip off: not). Insta
          exponential average of both generators is sampled and scored, in the paper they themselves;
          5. the identity's weight is absolute, 5; the paper's is relative, .5 of 10, and on for
          paintings alone.
-Reached  stripes, 1,400 updates in 160 to 200 s of one thread of a CPU, seeds 0 to 2: Frechet
+Reached  stripes, 1,400 updates in 200 s of one thread of a CPU to itself, seeds 0 to 2: Frechet
          distance (cifarnet) 10.7 +- .5 from A and 16.0 +- 2.3 from B (the input itself 55.3, other
          real images 1.8 and 1.3); error against the true counterpart .084 and .049 (the input .071
          and .072), as stripes look right and lie wrong:

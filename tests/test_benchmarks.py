@@ -413,7 +413,7 @@ def test_ablations_train_what_is_missing_and_show_all_of_it(tmp_path, monkeypatc
     # a block of columns for each direction, whose last row is the worst translation
     folder = ablations.trained("cyclegan", "whole", ablations.arguments(words).words, tmp_path)
     args = study.cli.args_of(folder, script("cyclegan").Args)
-    (there, x, true), (back, y, plain) = ablations.test_images("cyclegan", args)
+    (there, x, true), (back, y, plain) = ablations.of_test_split("cyclegan", args)
     assert (there, back) == ("AtoB", "BtoA") and len(x) == len(true) and len(y) == len(plain)
     errors = (ablations.translated(folder, x, there) - true).abs().flatten(1).mean(1)
     column = ablations.strip(x[torch.tensor([0, 1, errors.argmax()])], there)

@@ -83,7 +83,7 @@ def table(folders):
 # ---- the picture -----------------------------------------------------------------------------
 
 
-def test_images(script, args):
+def of_test_split(script, args):
     """[(direction, inputs, true counterparts or None), ...] of the test split, in [-1, 1]."""
     at = args.dataset, args.data_dir, args.image_size, args.cache_dir
     if script == "pix2pix":
@@ -115,7 +115,7 @@ def picture(script, folders, rows):
     """PIL image: a column for the input, each setting and the truth; a block for each direction."""
     args = run.load(next(iter(folders.values())))[1]
     blocks = []
-    for way, x, true in test_images(script, args):
+    for way, x, true in of_test_split(script, args):
         picked = torch.arange(min(rows, len(x)))
         if true is not None and WHOLE in folders and script == "cyclegan":
             errors = (translated(folders[WHOLE], x, way) - true).abs().flatten(1).mean(1)
