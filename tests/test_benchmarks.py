@@ -138,6 +138,8 @@ def test_every_command_of_the_study_is_taken_by_its_script():
     assert few[0]["method"] == "reference"
     assert few[0]["setting"] not in [j["setting"] for j in again]  # of a study of its own
     assert len({study.key_of(j) for j in jobs}) == len(jobs)
+    later = study.listed(arguments("--methods", "cr", "--seeds", "2", "--first-seed", "3"))
+    assert [j["seed"] for j in later] == ["0", "3", "4"]  # the reference stays what it is
     paired = next(j for j in jobs if j["method"] == "pix2pix")
     assert paired["dataset"] == "blueprints"  # its own
 

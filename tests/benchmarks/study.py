@@ -152,7 +152,7 @@ def listed(a):
         except ValueError as e:
             terminal.warn(f"{name} is left out: {e}")
     done = 0
-    for seed in range(a.seeds):
+    for seed in range(a.first_seed, a.first_seed + a.seeds):
         for setting in range(1, a.settings + 1) if a.settings else (0,):
             for name in usable:
                 if done % REFERENCE_EVERY == 0 and not a.no_reference:
@@ -277,7 +277,8 @@ class Study:
             else:
                 (folder,) = out.iterdir()
                 row |= finished(folder) | {"control": self.control(str(folder), job["dataset"])}
-                if (job["seed"], job["setting"]) == ("0", "0") and job["method"] != "reference":
+                first = job["seed"], job["setting"]
+                if first == (str(a.first_seed), "0") and job["method"] != "reference":
                     row["samples"] = first_samples(folder)
             if self.stopping:
                 return
@@ -418,6 +419,7 @@ def arguments(argv):
         ("--minutes", {"type": float}, "training time of each run"),
         ("--steps", {"type": int}, "or its updates of G"),
         ("--seeds", {"type": int}, "seeds of each method [3, with --settings 1]"),
+        ("--first-seed", {"type": int, "default": 0}, "the others follow it [0]"),
         ("--settings", {"type": int, "default": 0}, "random draws of each method's arguments [0]"),
         ("--subset", {"type": int, "default": 0}, "train on only that many images [0: all]"),
         ("--methods", {}, f"of {', '.join([*METHODS, *OTHERS])} [all but the last {len(OTHERS)}]"),
@@ -448,9 +450,11 @@ def arguments(argv):
             raise ValueError(f"--methods has {name}{cli.close_to(name, METHODS | OTHERS)}")
     if not (a.report or a.score is not None) and bool(a.minutes) == bool(a.steps):
         raise ValueError("give --minutes or --steps, the cost of each run; or --report")
-    for name, least in (("jobs", 1), ("evals", 1), ("n", 6), ("settings", 0), ("subset", 0)):
+    limits = {"jobs": 1, "evals": 1, "n": 6, "settings": 0, "subset": 0, "first_seed": 0}
+    for name, least in limits.items():
         if getattr(a, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(a, name)}")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be at least {least}, got {getattr(a, name)}")
     for name in ("minutes", "steps", "seeds"):
         if getattr(a, name) is not None and not getattr(a, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(a, name)}")
