@@ -195,6 +195,16 @@ def test_a_run_that_is_killed_is_a_row_and_one_that_was_asked_to_end_is_not(tmp_
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("methods, asked", [("pix2pix", 0), ("pix2pix,lsgan", 1)])
+def test_only_runs_on_it_ask_for_the_dataset(tmp_path, monkeypatch, methods, asked):
+    a, calls = arguments("--methods", methods, "--no-reference"), []
+    made = study.Study(a, tmp_path / "study.csv", [], tmp_path)
+    monkeypatch.setattr(made, "command", lambda *words: calls.append(words) or (0, "", ""))
+    made.prepare(study.listed(a))
+    assert len(calls) == asked
+    assert all(words[words.index("--dataset") + 1] == "mnist" for words in calls)
+
+
 def test_two_studies_of_one_csv_keep_each_others_rows(tmp_path):
     a, path = arguments("--methods", "lsgan"), tmp_path / "study.csv"
     for seed in (0, 1):  # each began when there was nothing yet

@@ -223,8 +223,10 @@ class Study:
         words = [*words.split(), "--quiet", "--device", a.device, "--data-dir", a.data_dir]
         return [*words, "--cache-dir", a.cache_dir]
 
-    def prepare(self):
-        """Fill the caches once, before many processes would fill them at once."""
+    def prepare(self, jobs):
+        """Fill the caches of the jobs once, before many processes would fill them at once."""
+        if all(j["dataset"] != self.a.dataset for j in jobs):
+            return  # image to image alone, which must not ask for mnist
         out = str(self.out_dir / "first")
         words = ["--steps", "1", "--dataset", self.a.dataset, "--eval-every", "0", "--out-dir", out]
         code, _, said = self.command("lsgan.py", *self.shared(), *words)
@@ -396,7 +398,7 @@ def work(study, todo, left):
     before = {s: signal.signal(s, lambda *_: study.stop()) for s in signals}
     with ThreadPoolExecutor(a.jobs) as pool:
         try:
-            study.prepare()
+            study.prepare(todo)
             running = {pool.submit(study.run, j) for j in todo}
             while running and not study.stopping:
                 done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
