@@ -13,12 +13,12 @@ Differs  1. Least squares, where the paper has the hinge and the non-saturating 
          the paper moves by 4 pixels of 32, and mirrors no digits; 3. sigma is .05, in the paper's
          small models .03, and the distance of G's images is a mean over pixels, so that lambda_gen
          weighs the same at every size; 4. the terms see half of each batch: an update then costs
-         1.3 times one of LSGAN, with all of it 1.7 times; 5. G(z) and G(z + sigma n) are one batch
+         1.4 times one of LSGAN, with all of it 1.7 times; 5. G(z) and G(z + sigma n) are one batch
          to BatchNorm, else it tells them apart, and G is rewarded for that; 6. what lsgan.py
          differs in.
-Reached  FID (lenet) 4.94 +- .32 (seeds 0 to 2) in 90 seconds of one thread of a CPU, LSGAN 4.87 +-
-         .41; with --subset 500 7.40 +- .17, LSGAN 14.17 +- .40:
-         python icr_gan.py --dataset mnist --precision bf16 --threads 1 --max-minutes 1.5
+Reached  FID (lenet) 2.79 +- .75 (seeds 3 to 7) in 3 minutes of one thread of a CPU, LSGAN 2.87 +-
+         .52; in 1.5 minutes with --subset 500 7.40 +- .17 (seeds 0 to 2), LSGAN 14.17 +- .40:
+         python icr_gan.py --dataset mnist --precision bf16 --threads 1 --max-minutes 3
 Run      python icr_gan.py --sigma 0.05                    # built-in digits
          python icr_gan.py --dataset mnist --subset 500 --steps 6000
 Use      from icr_gan import augment, consistency, icr_d_loss    # needs torch only

@@ -274,6 +274,17 @@ def made_up(method, seed, fid, **more):
     return row | {"control": str(fid), "evaluations": json.dumps(evaluations)} | more
 
 
+def test_a_method_is_compared_with_the_base_on_the_seeds_of_both():
+    """A base that went on while the machine slowed makes no method cheaper or better."""
+    base = [made_up("lsgan", i, 5 + 0.1 * i, steps="20") for i in range(2)]
+    later = [made_up("lsgan", i, 9 + 0.1 * i, steps="10") for i in range(2, 5)]
+    rows = {"lsgan": base + later, "cr": [made_up("cr", i, 6 + 0.1 * i) for i in range(2)]}
+    assert study_report.table(rows, {}, "lsgan")[3].split(" | ")[-1] == "2.00 |"
+    assert study_report.differences(rows, "lsgan") == ["- behind lsgan by more than that: cr"]
+    rows["cr"] = [made_up("cr", 7, 6.0), made_up("cr", 8, 6.1)]  # none of them shared
+    assert study_report.table(rows, {}, "lsgan")[3].split(" | ")[-1] == "1.40 |"
+
+
 def test_the_report_says_which_differences_are_larger_than_the_spread(tmp_path):
     rows = [made_up("lsgan", i, 5 + 0.1 * i) for i in range(3)]
     rows += [made_up("cr", i, 2 + 0.1 * i) for i in range(3)]

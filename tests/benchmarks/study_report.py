@@ -55,6 +55,14 @@ def apart(a, b):
     return 0 if abs(difference) <= 2 * error else int(math.copysign(1, difference))
 
 
+def on_shared_seeds(rows, base):
+    """Those of both on the seeds that both have, for seeds are run in the order of the clock, and
+    a machine that slows meets the later ones; all of both where they share none."""
+    seeds = {r["seed"] for r in rows} & {r["seed"] for r in base}
+    both = ([r for r in found if r["seed"] in seeds] for found in (rows, base))
+    return tuple(both) if seeds else (rows, base)
+
+
 def expected_minimum(found, k):
     """Mean of the smallest of k values drawn from those found, with replacement; exact."""
     n = len(found)
@@ -250,7 +258,7 @@ def table(methods, known, base):
     course = {name: known[name][1] for name in methods if known.get(name, (0, None))[1]}
     head = ["method", "runs", f"FID ({', '.join(sorted(features))})", *SHARES, "control"]
     head += ["updates", "per second", f"cost / {base}"] + ["the course's FID"] * bool(course)
-    lines, of_base = [head, ["---"] * len(head)], speed(methods.get(base, []))
+    lines = [head, ["---"] * len(head)]
     for name, rows in methods.items():
         failed = sum(bool(r["failed"]) for r in rows)
         cells = [name, f"{len(rows)}" + (f", {failed} failed" if failed else "")]
@@ -259,8 +267,9 @@ def table(methods, known, base):
         steps, own = values(rows, "steps"), speed(rows)
         cells += [mean_std(values(rows, "control")), f"{statistics.mean(steps or [0]):.0f}"]
         cells.append(f"{statistics.mean(own):.1f}" if own else "-")
-        both = own and of_base
-        cells.append(f"{statistics.mean(of_base) / statistics.mean(own):.2f}" if both else "-")
+        alike = [speed(r) for r in on_shared_seeds(rows, methods.get(base, []))]
+        rates = [statistics.mean(found) for found in alike if found]
+        cells.append(f"{rates[1] / rates[0]:.2f}" if len(rates) == 2 else "-")
         if course:
             cells.append(f"{course[name]:.1f}" if name in course else "")
         lines.append(cells)
@@ -297,7 +306,8 @@ def differences(methods, base):
     said = {-1: [], 0: [], 1: []}
     for name, rows in methods.items():
         if name != base:
-            said[apart(values(rows, "fid"), values(methods[base], "fid"))].append(name)
+            one, other = on_shared_seeds(rows, methods[base])
+            said[apart(values(one, "fid"), values(other, "fid"))].append(name)
     words = {
         -1: f"ahead of {base} by more than 2 standard errors",
         1: f"behind {base} by more than that",
