@@ -105,6 +105,16 @@ def test_a_generator_is_used_as_written(trained):
     assert m.sample(names["nets"], names["args"], z).equal(m.sample(nets, args, z))
 
 
+@pytest.mark.parametrize("text", [TEXT, MORE], ids=["README", "benchmarks"])
+def test_rows_of_a_table_have_as_many_cells_as_its_head(text):
+    """Else GitHub shows the table as text."""
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    assert tables
+    for table in tables:
+        head, *rows = (len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines())
+        assert rows and set(rows) == {head}, table
+
+
 def test_pictures_and_scripts_are_there():
     for place, text in ((ROOT, TEXT), (ROOT / "tests" / "benchmarks", MORE)):
         for path in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -201,7 +201,8 @@ def test_updates_are_given_one_process_s_share_of_the_batch(name, tmp_path, monk
         return nets
 
     monkeypatch.setattr(m, "build", watched)
-    # its constraint compares with real images, of which this test gives as many as before
+    # off: cn_lsgan's constraint compares with real images, of which this test gives as many as
+    # before; icr_gan draws near latents too, in one batch with the others
     off = {"cn_lsgan": {"lambda_rec": 0.0}, "icr_gan": {"sigma": 0.0}}.get(name, {})
     train(name, tmp_path, steps=1, subset=64, eval_every=0, **off)
     assert drawn[-1] == 4 and drawn[0] == 8  # D's are as many as its real images

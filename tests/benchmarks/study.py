@@ -282,8 +282,8 @@ class Study:
             else:
                 (folder,) = out.iterdir()
                 row |= finished(folder) | {"control": self.control(str(folder), job["dataset"])}
-                first = job["seed"], job["setting"]
-                if first == (str(a.first_seed), "0") and job["method"] != "reference":
+                shown = job["seed"] == str(a.first_seed) and job["setting"] == "0"
+                if shown and job["method"] != "reference":
                     row["samples"] = first_samples(folder)
             if self.stopping:
                 return
