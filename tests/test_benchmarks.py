@@ -144,17 +144,20 @@ def test_every_command_of_the_study_is_taken_by_its_script():
     assert paired["dataset"] == "blueprints"  # its own
 
 
-def test_random_settings_are_reproducible_vary_and_keep_what_the_method_is():
-    a = arguments("--methods", "lsgan,cr,wgan", "--settings", "12", "--no-reference")
-    jobs = study.listed(a)
+def test_random_settings_are_shared_by_the_methods_vary_and_keep_what_each_is():
+    a = arguments("--methods", "lsgan,cr,wgan,wgan_gp", "--settings", "12", "--no-reference")
+    jobs, drawn = study.listed(a), {}
     assert jobs == study.listed(a)
     for name in a.methods:
         lines = [j["args"] for j in jobs if j["method"] == name]
         assert len(set(lines)) == 12
         found = [study.arguments_of(line.split()) for line in lines]
+        drawn[name] = [(x.lr, x.beta1, x.beta2, x.width, x.n_critic, x.lr_decay) for x in found]
         assert len({x.lr for x in found}) == (1 if name == "wgan" else 12)  # it has its own
         if name == "cr":
             assert all(1 <= x.lambda_real <= 100 and x.lambda_fake == 0 for x in found)
+    assert drawn["lsgan"] == drawn["cr"] == drawn["wgan_gp"]
+    assert [d[1:] for d in drawn["lsgan"]] == [d[1:] for d in drawn["wgan"]]
 
 
 def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):

@@ -12,8 +12,8 @@ it is not made again, so a study that was interrupted goes on, and a second one 
 lsgan with seed 0 is trained again after every few runs, as `reference`, which shows the machine's
 part in a spread.
 
---settings K: K random draws of every method's hyper-parameters from RANGES, draw k of a method the
-same wherever it is made. The curve is the smallest distance that R of them reach on average
+--settings K: K random draws of the hyper-parameters from RANGES; draw k of an argument is the same for
+every method that has it, so that no method is lucky in its rates. The curve is the smallest distance that R of them reach on average
 (Lucic et al. 2018, arXiv:1711.10337, figure 2), with its 5 and 95 % by bootstrap.
 
 The control is the distance by the yardstick's classifier, on MNIST in grey.
@@ -119,19 +119,17 @@ def arguments_of(words):
     return cli.parse(importlib.import_module(Path(path).stem).Args, typed)
 
 
-def drawn(name, words, k):
-    """Arguments of the k-th random setting of a method, as words; none for k = 0."""
+def drawn(words, k):
+    """Arguments of the k-th random setting of a method's command, as words; none for k = 0."""
     if not k:
         return []
-    args, r, found = arguments_of(words), random.Random(f"{name} {k}"), []
-    for key, old in vars(args).items():
+    found = []
+    for key, old in vars(arguments_of(words)).items():
         rule = RANGES["lambda_"] if key.startswith("lambda_") and old else RANGES.get(key)
         flag = "--" + key.replace("_", "-")
-        if rule is None:
-            continue
-        value = rule(r, old)  # drawn also where it is not used, so that draws do not depend on it
-        if flag not in words:
-            found += [flag, f"{value:.4g}"]
+        if rule and flag not in words:
+            # by the argument, not the method: all that have it get the same
+            found += [flag, f"{rule(random.Random(f'{key} {k}'), old):.4g}"]
     return found
 
 
@@ -141,7 +139,7 @@ def listed(a):
 
     def add(method, command, seed, setting):
         words = shlex.split(command)
-        extra = [] if method == "reference" else drawn(method, words, setting)
+        extra = [] if method == "reference" else drawn(words, setting)
         data = words[words.index("--dataset") + 1] if "--dataset" in words else a.dataset
         budget = f"{a.minutes:g} min" if a.minutes else f"{a.steps} steps"
         key = dict(zip(KEY, (data, a.subset, budget, a.precision, a.n, method, setting, seed)))
