@@ -1,9 +1,15 @@
 """tests/benchmarks: what they measure is what they say, and they run to their ends, small."""
+import itertools
 import json
 import math
 import random
 import re
+import signal
 import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -177,42 +183,91 @@ def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
     rows = study.load(path)
     assert rows[0] == row and [r["seed"] for r in rows] == ["0", "1"]
     assert "| lsgan | 2 |" in second.stdout
-    for name in ("study.md", "study-0-budget.svg", "study-0-samples.png"):
+    for name in ("study.md", "study-digits-3steps-fp32-64-budget.svg"):
         assert (tmp_path / name).stat().st_size > 100
     assert not list((tmp_path / "runs").iterdir())  # it leaves nothing behind
     unknown = shell(*words[:3], "3", "--methods", "lsgam")
     assert unknown.returncode == 2 and "did you mean lsgan" in unknown.stderr
 
 
-def test_a_run_that_is_killed_is_a_row_and_one_that_was_asked_to_end_is_not(tmp_path, monkeypatch):
-    a = arguments("--methods", "lsgan,cr,wgan", "--seeds", "1", "--no-reference", "--no-control")
-    made = study.Study(a, tmp_path / "study.csv", [], tmp_path)
-    ends = {"lsgan": -9, "cr": 128 + 15, "wgan": 3}
-    for job in study.listed(a):
-        code = ends[job["method"]]
-        monkeypatch.setattr(made, "command", lambda *words, limit=None, code=code: (code, "", ""))
-        made.run(job)
-    rows = study.load(tmp_path / "study.csv")
-    assert [(r["method"], r["failed"]) for r in rows] == [
-        ("lsgan", "ended by signal 9"), ("wgan", "exit 3"),
-    ]  # fmt: skip
+def test_a_run_that_diverges_is_a_row_and_one_that_the_machine_ended_is_not(tmp_path, capsys):
+    """So that what was killed, or met a full disk, is made again."""
+    words = ["--methods", "lsgan", "--seeds", "1", "--no-reference", "--no-control"]
+    a = arguments(*words, "--dataset", "digits", "--n", "64", "--cache-dir", CACHE)
+    made = study.Study(a, tmp_path / "study.csv", tmp_path)
+    (job,) = study.listed(a)
+    made.run({**job, "args": "lsgan.py --lr nan"})
+    assert study.load(tmp_path / "study.csv") == [] and "--lr" in capsys.readouterr().err
+    made.run({**job, "args": "lsgan.py --lr 1e30"})
+    (row,) = study.load(tmp_path / "study.csv")
+    assert "turned NaN" in row["failed"] and (row["steps"], row["fid"]) == ("", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["study.csv"]
+    made.run(job)  # by now another study has a row of that key
+    assert study.load(tmp_path / "study.csv") == [row]
+
+
+def test_a_run_that_hangs_is_ended_and_said_to_have(tmp_path):
+    made = study.Study(arguments(), tmp_path / "study.csv", tmp_path)
+    began = time.monotonic()
+    code, _, said = made.command("-c", "import time; time.sleep(60)", limit=0.5)
+    assert code and study.LATE in said and time.monotonic() - began < 30 and not made.running
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_study_that_is_asked_to_end_ends_its_runs_and_says_so(tmp_path, signum):
+    path, runs = tmp_path / "study.csv", tmp_path / "runs"
+    words = ["-m", "tests.benchmarks.study", "--steps", "1000000", "--methods", "lsgan"]
+    words += ["--dataset", "digits", "--csv", path, "--cache-dir", CACHE, "--out-dir", runs]
+    study_ = subprocess.Popen([sys.executable, *words, "--no-reference"], cwd=study.ROOT)
+    while study_.poll() is None and not list(runs.glob("*/*/lsgan-digits-*")):
+        time.sleep(0.1)
+    (trains,) = runs.glob("*/*/lsgan-digits-*")
+    study_.send_signal(signum)
+    assert study_.wait(60) == 128 + signum
+    assert not path.exists() and not trains.exists() and not list(runs.iterdir())
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(runs) not in listed
 
 
 @pytest.mark.parametrize("methods, asked", [("pix2pix", 0), ("pix2pix,lsgan", 1)])
 def test_only_runs_on_it_ask_for_the_dataset(tmp_path, monkeypatch, methods, asked):
     a, calls = arguments("--methods", methods, "--no-reference"), []
-    made = study.Study(a, tmp_path / "study.csv", [], tmp_path)
+    made = study.Study(a, tmp_path / "study.csv", tmp_path)
     monkeypatch.setattr(made, "command", lambda *words: calls.append(words) or (0, "", ""))
     made.prepare(study.listed(a))
     assert len(calls) == asked
     assert all(words[words.index("--dataset") + 1] == "mnist" for words in calls)
 
 
-def test_two_studies_of_one_csv_keep_each_others_rows(tmp_path):
-    a, path = arguments("--methods", "lsgan"), tmp_path / "study.csv"
-    for seed in (0, 1):  # each began when there was nothing yet
-        study.Study(a, path, [], tmp_path).keep(made_up("lsgan", seed, 1.0))
-    assert sorted(r["seed"] for r in study.load(path)) == ["0", "1"]
+def test_two_studies_of_one_csv_keep_each_others_rows(tmp_path, monkeypatch):
+    """Each writes the file anew: who has read it must not be overtaken before it has written."""
+    a, path, save = arguments("--methods", "lsgan"), tmp_path / "study.csv", study.save
+
+    def slow(*words):
+        time.sleep(0.2)
+        save(*words)
+
+    monkeypatch.setattr(study, "save", slow)
+    studies = [study.Study(a, path, tmp_path) for _ in range(3)]  # when there was nothing yet
+    rows = [made_up("lsgan", seed, 1.0) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda s, row: s.keep(row), studies, rows))
+    assert sorted(r["seed"] for r in study.load(path)) == ["0", "1", "2"]
+    studies[0].keep(made_up("lsgan", 1, 9.0))
+    assert [r["fid"] for r in study.load(path)] == ["1.0"] * 3
+
+
+def test_evaluations_are_spread_by_the_rate_of_runs_like_this_one(tmp_path):
+    a = study.arguments(["--minutes", "1", "--methods", "lsgan", "--no-reference", "--seeds", "1"])
+    (job,) = study.listed(a)
+    like = {"method": "lsgan", "seed": 9, "fid": 1, "steps": "60", "seconds": "2"}
+    study.save(tmp_path / "study.csv", [made_up(**like)])
+    others = {"setting": "3"}, {"dtype": "bf16"}, {"dataset": "digits"}
+    rows = [made_up(**like), *(made_up(**like | {"steps": "2"}, **other) for other in others)]
+    study.save(tmp_path / "study.csv", rows)
+    made = study.Study(a, tmp_path / "study.csv", tmp_path)
+    words = made.words_of(job, tmp_path)
+    assert words[words.index("--eval-every") + 1] == "450"  # 30 a second, four in a minute
 
 
 def test_rows_by_other_arguments_are_told(tmp_path, capsys):
@@ -229,6 +284,13 @@ def test_rows_by_other_arguments_are_told(tmp_path, capsys):
 def test_a_study_costs_something(flag):
     with pytest.raises(ValueError, match=f"{flag} must be positive"):
         study.arguments([flag, "-1", *(["--steps", "3"] if flag == "--seeds" else [])])
+
+
+def test_what_random_settings_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="one seed"):
+        arguments("--settings", "4", "--seeds", "2")
+    with pytest.raises(ValueError, match="cyclegan has scores of its own"):
+        arguments("--settings", "4", "--methods", "lsgan,cyclegan")
 
 
 def four_updates(updates, args, set_weights=lambda i: None):
@@ -270,54 +332,151 @@ def test_lazy_consistency_needs_its_number():
 
 def made_up(method, seed, fid, **more):
     row = dict.fromkeys(study.COLUMNS, "")
-    evaluations = [{"seconds": 1, "fid": 2 * fid}, {"seconds": 2, "fid": fid, "recall": 0.5}]
+    evaluations = [{"seconds": 1, "fid": 2 * float(fid or 1)}]
+    evaluations.append({"seconds": 2, "fid": fid, "recall": 0.5})
     row |= {"dataset": "mnist", "subset": "0", "budget": "1 min", "dtype": "fp32", "n": "9"}
     row |= {"method": method, "seed": str(seed), "setting": "0", "fid": str(fid), "recall": ".5"}
     row |= {"steps": "10", "seconds": "2", "jobs": "1", "features": "lenet", "date": "2026"}
-    return row | {"control": str(fid), "evaluations": json.dumps(evaluations)} | more
+    row |= {"control": str(fid), "evaluations": json.dumps(evaluations), "args": method}
+    return row | more
 
 
-def test_a_method_is_compared_with_the_base_on_the_seeds_of_both():
+def failed(method, seed, **more):
+    blank = dict.fromkeys("fid recall steps seconds features control evaluations".split(), "")
+    return made_up(method, seed, "") | blank | {"failed": "loss_d turned NaN"} | more
+
+
+def cells(text, method):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {method} |")]
+    return line[2:-2].split(" | ")
+
+
+def report(rows, folder):
+    return study_report.report(rows, folder / "s", study.METHODS, study.COURSE, "lsgan")
+
+
+def test_a_ratio_is_that_of_pairs_with_students_interval():
+    base = [made_up("lsgan", i, v) for i, v in enumerate((5, 10, 15, 99))]
+    rows = [made_up("cr", i, v) for i, v in enumerate((4, 9, 13))]
+    logs = [math.log(v) for v in (4 / 5, 9 / 10, 13 / 15)]
+    half = 4.3027 * statistics.stdev(logs) / 3**0.5
+    found = study_report.ratio(rows, base, study_report.fid)
+    ends = (0, -half, half)
+    assert found == pytest.approx([math.exp(statistics.mean(logs) + h) for h in ends], rel=1e-4)
+    assert study_report.apart(found) == -1  # in each of three pairs, far less than the seeds differ
+    back = study_report.ratio(base, rows, study_report.fid)
+    assert back == pytest.approx([1 / found[i] for i in (0, 2, 1)])
+    assert study_report.apart(back) == 1
+    assert study_report.ratio(rows[:1], base, study_report.fid) == pytest.approx((0.8, 0, math.inf))
+    assert study_report.ratio(rows, base[3:], study_report.fid) is None
+    some = [rows[0], failed("cr", 1), made_up("cr", 2, 13)]
+    mean, _, _ = study_report.ratio(some, base, study_report.fid)
+    assert mean == pytest.approx((0.8 * 13 / 15) ** 0.5)
+
+
+@pytest.mark.parametrize("n", range(1, len(study_report.T95) + 1))
+def test_the_quantiles_are_students(n):
+    scale = math.gamma((n + 1) / 2) / math.gamma(n / 2) / (n * math.pi) ** 0.5
+    t = torch.linspace(0, study_report.T95[n - 1], 20001, dtype=torch.float64)
+    inside = torch.trapezoid(scale * (1 + t * t / n) ** (-(n + 1) / 2), t)
+    assert 2 * inside.item() == pytest.approx(0.95, abs=1e-4)
+
+
+def test_a_method_is_compared_with_the_base_on_the_seeds_of_both(tmp_path):
     """A base that went on while the machine slowed makes no method cheaper or better."""
     base = [made_up("lsgan", i, 5 + 0.1 * i, steps="20") for i in range(2)]
     later = [made_up("lsgan", i, 9 + 0.1 * i, steps="10") for i in range(2, 5)]
-    rows = {"lsgan": base + later, "cr": [made_up("cr", i, 6 + 0.1 * i) for i in range(2)]}
-    assert study_report.table(rows, {}, "lsgan")[3].split(" | ")[-1] == "2.00 |"
-    assert study_report.differences(rows, "lsgan") == ["- behind lsgan by more than that: cr"]
-    rows["cr"] = [made_up("cr", 7, 6.0), made_up("cr", 8, 6.1)]  # none of them shared
-    assert study_report.table(rows, {}, "lsgan")[3].split(" | ")[-1] == "1.40 |"
+    rows = base + later + [made_up("cr", i, 6 + 0.1 * i) for i in range(2)]
+    text = report(rows, tmp_path)
+    assert cells(text, "cr")[-3:-1] == ["2.00", "1.20 (1.17 to 1.22)"]
+    assert "- behind lsgan: cr" in text
+    apart = [made_up("cr", i, 6 + 0.1 * i) for i in (7, 8)]
+    text = report(base + later + apart, tmp_path)
+    assert cells(text, "cr")[-3:-1] == ["-", "-"] and "fewer than two seeds shared" in text
 
 
 def test_the_report_says_which_differences_are_larger_than_the_spread(tmp_path):
     rows = [made_up("lsgan", i, 5 + 0.1 * i) for i in range(3)]
     rows += [made_up("cr", i, 2 + 0.1 * i) for i in range(3)]
-    rows += [made_up("vanilla", i, 5.05 + 0.5 * i) for i in range(3)]
-    rows += [made_up("began", i, 50 + i, control="1", steps="5") for i in range(2)]
-    rows.append(made_up("began", 2, "", failed="loss_d is nan", evaluations=""))
+    rows += [made_up("vanilla", i, 5.05 + 0.5 * (i % 2)) for i in range(3)]
+    rows += [made_up("began", i, 50 + i, control=f"{1 + 0.01 * i}", steps="5") for i in range(3)]
     rows += [made_up("reference", 0, v, setting=str(v)) for v in (4, 6)]
-    rows += [made_up("cr", 0, v, setting=str(v)) for v in (1, 2, 3)]
-    text = study_report.report(rows, tmp_path / "s", study.METHODS, "lsgan")
-    assert "| lsgan | 3 | 5.10 ± 0.10 |" in text and "| 26.6 |" in text
-    assert "| began | 3, 1 failed |" in text and "| 2.00 |" in text  # half the updates
-    assert "ahead of lsgan by more than 2 standard errors: cr" in text
-    assert "behind lsgan by more than that: began" in text and "not to be told" in text
-    assert "2 times" in text and "4 of 6 pairs" not in text
-    assert "the control orders 3 of 6 pairs" in text  # began, at its control of 1, first
-    assert {p.suffix for p in tmp_path.iterdir()} == {".md", ".svg"}
-    assert len(list(tmp_path.glob("*.svg"))) == 3
+    text = report(rows, tmp_path)
+    assert cells(text, "lsgan")[:3] == ["lsgan", "3", "5.10 ± 0.10"]
+    assert cells(text, "lsgan")[-1] == "26.6" and cells(text, "cr")[-1] == ""
+    assert cells(text, "began")[-3] == "2.00" and cells(text, "cr")[-3] == "1.00"
+    assert "- ahead of lsgan, by the interval of the ratio on the seeds of both: cr\n" in text
+    assert "- behind lsgan: began\n" in text and "- not to be told from lsgan: vanilla\n" in text
+    assert "2 times: 5.0 to 5.0 updates per second, FID 5.00 ± 1.41" in text
+    # began, at its control of 1, comes first of four
+    said = "orders 3 of 6 pairs as the distance does; beyond it: cr and began, lsgan and began"
+    assert said in text
+    assert "By other arguments than today's: began, cr, lsgan, vanilla." in text
+    today = [r | {"args": study.METHODS[r["method"]]} for r in rows if r["method"] != "reference"]
+    assert "By other" not in report(today, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s-mnist-1min-fp32-9-budget.svg", "s.md"]
 
 
-def test_the_expected_minimum_is_that_of_random_draws():
-    values = [3.0, 1.0, 2.0]
-    assert study_report.expected_minimum(values, 1) == pytest.approx(2)
-    # two draws of three: 1 in 5 of 9 cases, 2 in 3, 3 in 1
-    assert study_report.expected_minimum(values, 2) == pytest.approx((5 + 6 + 3) / 9)
+def test_a_run_that_failed_is_neither_ahead_nor_gone(tmp_path):
+    rows = [made_up("lsgan", i, 5 + 0.1 * i) for i in range(3)]
+    rows += [made_up("cr", i, 3 + 0.1 * i) for i in range(2)] + [failed("cr", 2)]
+    rows += [failed("wgan", i) for i in range(3)]
+    text = report(rows, tmp_path)
+    assert "- some runs failed, so not compared: cr (1 of 3), wgan (3 of 3)\n" in text
+    assert "ahead" not in text and "not to be told" not in text and "pairs" not in text
+    assert cells(text, "wgan")[1:3] == ["3, 3 failed", "-"] and "| 0 |" not in text
+    assert text.index("| lsgan |") < text.index("| cr | 3, 1 failed |") < text.index("| wgan |")
+    assert ">cr (2 of 3)<" in (tmp_path / "s-mnist-1min-fp32-9-budget.svg").read_text()
+    assert "cr, 3, 1 failed" not in report([failed("lsgan", 0)], tmp_path)  # nor image to image
+
+
+def test_scores_of_their_own_are_told_with_features_and_failures(tmp_path):
+    last = json.dumps([{"n": 200, "features": "cifarnet", "psnr": 14.5}])
+    rows = [made_up("pix2pix", i, 4, recall="", evaluations=last) for i in range(2)]
+    text = report([*rows, failed("pix2pix", 2)], tmp_path)
+    assert "- pix2pix, 3, 1 failed runs (n 200, features cifarnet): psnr 14.5 ± 0" in text
+
+
+def test_random_settings_that_failed_count_as_noise(tmp_path):
+    rows = [made_up("cr", 0, v, setting=f"{k}") for k, v in enumerate((3, 1, 2, 7), 1)]
+    rows += [made_up("lsgan", 0, v, setting=f"{k}") for k, v in enumerate((2, 2), 1)]
+    rows += [failed("lsgan", 0, setting=f"{k}") for k in (3, 4)]
+    rows += [failed("wgan", 0, setting=f"{k}") for k in range(1, 5)]
+    text = report(rows, tmp_path)
+    assert cells(text, "lsgan")[1:4] == ["4, 2 failed", "2.0", "2501.0"]
+    assert cells(text, "wgan")[1:4] == ["4, 4 failed", "5000.0", "5000.0"]
+    assert cells(text, "cr")[2:5] == ["1.0", "2.5", "1.0"]
+    assert cells(text, "cr")[6] == "in 3 of 4"
+    assert ">wgan<" in (tmp_path / "s-mnist-1min-fp32-9-boxes.svg").read_text()
+
+
+def test_the_expected_minimum_is_that_of_choices_without_repetition():
+    values = [3.0, 1.0, 2.0, 9.0, 1.0]
+    for k in range(1, 6):
+        smallest = [min(c) for c in itertools.combinations(values, k)]
+        expected = statistics.mean(smallest)
+        assert study_report.expected_minimum(values, k) == pytest.approx(expected)
     r = random.Random(0)
     values = [r.gauss(9, 1) for _ in range(40)]
     low, high = study_report.bootstrap(values, 1)
     width = 3.29 * statistics.pstdev(values) / 40**0.5  # from 5 to 95 % of a normal mean
     assert low < statistics.mean(values) < high and high - low == pytest.approx(width, rel=0.15)
-    assert study_report.bootstrap([2.0, 2.0], 3) == (2.0, 2.0)
+    assert study_report.bootstrap(values, 20)[1] < low  # of more, less
+
+
+def test_curves_of_runs_evaluated_at_different_times_are_those_of_the_runs():
+    """Two runs of 20 exp(-t / 30), seen at other times: their mean is that at every time."""
+    def seen(*times):
+        found = [{"seconds": t, "fid": 20 * math.exp(-t / 30)} for t in times]
+        return made_up("cr", 0, 1, evaluations=json.dumps(found))
+
+    rows = [seen(30, 60, 90), seen(44, 88, 91)]
+    for t in (44, 50, 60, 77, 88, 90):
+        for points in map(study_report.best_so_far, rows):
+            assert study_report.at(points, t) == pytest.approx(20 * math.exp(-t / 30))
+    svg = study_report.budget_chart("", {"cr": rows, "once": [seen(90)]})
+    assert "once" not in svg and ">cr<" in svg
+    assert study_report.budget_chart("", {"a": [seen(9)]}) is None
 
 
 # ---- what a GPU is asked ---------------------------------------------------------------------

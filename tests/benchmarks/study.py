@@ -7,19 +7,21 @@
     python -m tests.benchmarks.study --report                             # from the csv alone
 
 Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
---jobs N of them train at once, which slows all alike. A row of the csv is a run that has ended:
-it is not made again, so a study that was interrupted goes on, and a second one adds to it.
-lsgan with seed 0 is trained again after every few runs, as `reference`, which shows the machine's
-part in a spread.
+--jobs N of them train at once. A row of the csv is a run that has ended or diverged: it is not made
+again, so a study that was interrupted goes on, and a second one adds to it. Equal time is equal on
+one machine alone: the csv in results/ is of one, so give --csv FILE on yours. lsgan with seed 0 is
+trained again after every few runs, as `reference`, which shows the machine's part in a spread.
 
---settings K: K random draws of the hyper-parameters from RANGES; draw k of an argument is the same for
-every method that has it, so that no method is lucky in its rates. The curve is the smallest distance that R of them reach on average
-(Lucic et al. 2018, arXiv:1711.10337, figure 2), with its 5 and 95 % by bootstrap.
+--settings K: K random draws of the hyper-parameters from RANGES; draw k of an argument is the same
+for every method that has it, so that no method is lucky in its rates. The curve is the smallest
+distance that so many settings reach on average (Lucic et al. 2018, arXiv:1711.10337, figure 2).
 
 The control is the distance by the yardstick's classifier, on MNIST in grey.
 """
 import base64
+import contextlib
 import csv
+import fcntl
 import importlib
 import io
 import json
@@ -51,47 +53,51 @@ OFF = "--lambda-real 0 --lambda-fake 0 --lambda-dis 0 --lambda-gen 0"
 LAZY = "-m tests.benchmarks.lazy"
 ICR = "icr_gan.py --consistency-share"  # of the images that the terms see
 BCR = f"{OFF} --lambda-real 10 --lambda-fake 10"
-METHODS = {  # name: command, and the distance that the course behind this project reports on digits
-    "lsgan": ("lsgan.py", 26.58),
-    "vanilla": ("lsgan.py --loss vanilla", None),
-    "wgan_gp": ("wgan_gp.py", 42.21),
-    "wgan": ("wgan_gp.py --clip 0.01 --lr 5e-4", None),
-    "cn_lsgan": ("cn_lsgan.py", None),
-    "cn_lsgan-0": ("cn_lsgan.py --gp-target 0 --lambda-gp 10 --lambda-rec 0", None),
-    "ebgan": ("ebgan.py --lambda-pt 0", None),
-    "ebgan-pt": ("ebgan.py", None),
-    "began": ("began.py", None),
-    "vaegan": ("vaegan.py", None),
-    "icr-.03": (f"{ICR} 1 --sigma 0.03", 61.626),
-    "icr-.05": (f"{ICR} 1 --sigma 0.05", 60.286),
-    "icr-.1": (f"{ICR} 1 --sigma 0.1", 54.920),
-    "cr": (f"{ICR} 1 {OFF} --lambda-real 10", None),
-    "bcr": (f"{ICR} 1 {BCR}", None),
-    "zcr": (f"{ICR} 1 {OFF} --lambda-dis 5 --lambda-gen 0.5", None),
+METHODS = {  # name: command
+    "lsgan": "lsgan.py",
+    "vanilla": "lsgan.py --loss vanilla",
+    "wgan_gp": "wgan_gp.py",
+    "wgan": "wgan_gp.py --clip 0.01 --lr 5e-4",
+    "cn_lsgan": "cn_lsgan.py",
+    "cn_lsgan-0": "cn_lsgan.py --gp-target 0 --lambda-gp 10 --lambda-rec 0",
+    "ebgan": "ebgan.py --lambda-pt 0",
+    "ebgan-pt": "ebgan.py",
+    "began": "began.py",
+    "vaegan": "vaegan.py",
+    "icr-.03": f"{ICR} 1 --sigma 0.03",
+    "icr-.05": f"{ICR} 1 --sigma 0.05",
+    "icr-.1": f"{ICR} 1 --sigma 0.1",
+    "cr": f"{ICR} 1 {OFF} --lambda-real 10",
+    "bcr": f"{ICR} 1 {BCR}",
+    "zcr": f"{ICR} 1 {OFF} --lambda-dis 5 --lambda-gen 0.5",
     # the course's mistake, on purpose: digits mirrored, and none moved
-    "icr-course": (f"{ICR} 1 {PAPER} --sigma 0.03 --flip on --shift 0", 61.626),
+    "icr-course": f"{ICR} 1 {PAPER} --sigma 0.03 --flip on --shift 0",
 }
 OTHERS = {  # only where --methods names them: consistency on a share of the images,
-    "icr-half": (f"{ICR} 0.5", None),
-    "icr-quarter": (f"{ICR} 0.25", None),
-    "icr-eighth": (f"{ICR} 0.125", None),
-    "bcr-half": (f"{ICR} 0.5 {BCR}", None),
-    "bcr-quarter": (f"{ICR} 0.25 {BCR}", None),
-    "bcr-eighth": (f"{ICR} 0.125 {BCR}", None),
+    "icr-half": f"{ICR} 0.5",
+    "icr-quarter": f"{ICR} 0.25",
+    "icr-eighth": f"{ICR} 0.125",
+    "bcr-half": f"{ICR} 0.5 {BCR}",
+    "bcr-quarter": f"{ICR} 0.25 {BCR}",
+    "bcr-eighth": f"{ICR} 0.125 {BCR}",
     # what of the course's T is the mistake: the mirror beside the shift, and neither of them,
-    "icr-mirror": (f"{ICR} 1 {PAPER} --sigma 0.03 --flip on", None),
-    "icr-still": (f"{ICR} 1 {PAPER} --sigma 0.03 --flip off --shift 0", None),
+    "icr-mirror": f"{ICR} 1 {PAPER} --sigma 0.03 --flip on",
+    "icr-still": f"{ICR} 1 {PAPER} --sigma 0.03 --flip off --shift 0",
     # at every so manyth update,
-    "icr-lazy-2": (f"{LAZY} 2 --consistency-share 1", None),
-    "icr-lazy-4": (f"{LAZY} 4 --consistency-share 1", None),
-    "icr-lazy-8": (f"{LAZY} 8 --consistency-share 1", None),
+    "icr-lazy-2": f"{LAZY} 2 --consistency-share 1",
+    "icr-lazy-4": f"{LAZY} 4 --consistency-share 1",
+    "icr-lazy-8": f"{LAZY} 8 --consistency-share 1",
     # and image to image, on data and with scores of their own
-    "pix2pix": ("pix2pix.py --dataset blueprints", None),
-    "cyclegan": ("cyclegan.py --dataset stripes", None),
+    "pix2pix": "pix2pix.py --dataset blueprints",
+    "cyclegan": "cyclegan.py --dataset stripes",
 }
+# the distance that the course behind this project reports, of its own digits and networks
+COURSE = {"lsgan": 26.58, "wgan_gp": 42.21, "icr-.03": 61.626, "icr-.05": 60.286, "icr-.1": 54.920}
+COURSE["icr-course"] = COURSE["icr-.03"]
 BASE = "lsgan"
 REFERENCE_EVERY = 8  # runs
-ENDED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of who was asked to end
+# what a run can say last and be a result all the same; any other failure is one of the machine
+DIVERGED, LATE = "turned NaN or infinite", "had not ended after"
 RANGES = {  # of --settings; an argument that a method's own command gives stays
     "lr": lambda r, old: 10 ** r.uniform(-4, -2),
     "beta1": lambda r, old: r.choice([0.0, 0.5, 0.9]),
@@ -112,10 +118,8 @@ COLUMNS += ("torch", "date", "jobs", "wall", "evaluations", "samples")
 
 
 def arguments_of(words):
-    """Args of a command of METHODS; ValueError where its script or an argument is not there."""
+    """Args of a command of METHODS."""
     path, *typed = words if words[:2] != LAZY.split() else ("icr_gan.py", *words[3:])
-    if not (ROOT / path).exists():
-        raise ValueError(f"{path} is not there")
     return cli.parse(importlib.import_module(Path(path).stem).Args, typed)
 
 
@@ -145,22 +149,15 @@ def listed(a):
         key = dict(zip(KEY, (data, a.subset, budget, a.precision, a.n, method, setting, seed)))
         jobs.append({k: str(v) for k, v in key.items()} | {"args": shlex.join(words + extra)})
 
-    usable = []
-    for name in a.methods:
-        try:
-            arguments_of(shlex.split(methods[name][0]))
-            usable.append(name)
-        except ValueError as e:
-            terminal.warn(f"{name} is left out: {e}")
     done = 0
     for seed in range(a.first_seed, a.first_seed + a.seeds):
         for setting in range(1, a.settings + 1) if a.settings else (0,):
-            for name in usable:
+            for name in a.methods:
                 if done % REFERENCE_EVERY == 0 and not a.no_reference:
-                    # named by its place, so that a study of other methods has its own
+                    # named by its place, so that a longer study has more of them
                     place = f"before-{name}-{setting}-{seed}"
-                    add("reference", METHODS[BASE][0], 0, place)
-                add(name, methods[name][0], seed, setting)
+                    add("reference", METHODS[BASE], 0, place)
+                add(name, methods[name], seed, setting)
                 done += 1
     return jobs
 
@@ -175,16 +172,21 @@ def key_of(row):
 class Study:
     """The processes of a study, its csv, and the folder in which its runs lie while they train."""
 
-    def __init__(self, a, path, rows, out_dir):
-        self.a, self.path, self.rows, self.out_dir = a, path, rows, out_dir
+    def __init__(self, a, path, out_dir):
+        self.a, self.path, self.out_dir = a, path, out_dir
         self.running, self.lock, self.stopping = set(), threading.RLock(), False
-        self.rates = {}  # updates of G per second by method, of this study and of its earlier runs
-        for row in rows:
+        self.scoring, self.scored = threading.Lock(), False
+        self.signum = None  # of the signal that stopped it
+        self.rates = {}  # updates of G per second by data and method, of default runs
+        self.rows = load(path)
+        for row in self.rows:
             self._learn(row)
 
     def _learn(self, row):
-        if row["steps"]:
-            self.rates[row["method"]] = int(row["steps"]) / max(1e-9, float(row["seconds"]))
+        default = row["setting"] == "0" or row["method"] == "reference"
+        if row["steps"] and default and row["dtype"] == self.a.precision:
+            rate = int(row["steps"]) / max(1e-9, float(row["seconds"]))
+            self.rates[row["dataset"], row["method"]] = rate
 
     def command(self, *words, limit=None):
         """(exit code, stdout, the last line of stderr) of a Python process, which stop() ends."""
@@ -197,10 +199,13 @@ class Study:
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
                 self.running.add(process)
+                if self.stopping:  # by a signal while it was being started
+                    process.kill()
             try:
                 process.wait(limit)
             except subprocess.TimeoutExpired:
                 process.kill()
+                return 1, "", f"{LATE} {limit / 60:g} min"
             finally:
                 code = process.wait()
                 self.running.discard(process)
@@ -208,9 +213,9 @@ class Study:
             lines = [line for line in err.read().splitlines() if line.strip()]
             return code, out.read(), lines[-1] if lines else ""
 
-    def stop(self):
+    def stop(self, signum=None, frame=None):
         with self.lock:
-            self.stopping = True
+            self.stopping, self.signum = True, self.signum or signum
             for process in list(self.running):
                 process.kill()  # nothing of a run that did not end is kept
 
@@ -247,8 +252,6 @@ class Study:
             terminal.warn(f"no control of {folder}: {said}")
         return text.split()[-1] if not code else ""
 
-    scoring, scored = threading.Lock(), False
-
     def words_of(self, job, out):
         """The command line of a job, whose run folder is made in out."""
         a = self.a
@@ -259,24 +262,29 @@ class Study:
         words += ["--subset", str(a.subset)] if a.subset else []
         if a.evals == 1:
             return [*words, "--eval-every", "0"]
-        guess = self.rates.get("reference", 30) / 2  # a method's first run has no rate of its own
-        steps = a.steps or 60 * a.minutes * self.rates.get(job["method"], guess)
+        data, method = job["dataset"], job["method"]
+        guess = self.rates.get((data, "reference"), 30) / 2  # a method's first run has no rate yet
+        steps = a.steps or 60 * a.minutes * self.rates.get((data, method), guess)
         return [*words, "--eval-every", str(max(1, math.ceil(steps / a.evals)))]
 
     def run(self, job):
         """Train one job and keep its row; nothing of a run that was stopped."""
         a, began = self.a, time.monotonic()
+        if key_of(job) in map(key_of, load(self.path)):
+            return  # another study of this csv was faster
         out = Path(tempfile.mkdtemp(dir=self.out_dir))
         limit = 60 * (4 * a.minutes + 15) if a.minutes else None  # who is not back by then hangs
         try:
             code, _, said = self.command(*self.words_of(job, out), limit=limit)
-            if self.stopping or code in ENDED:
+            failed = said.removeprefix("error: ") if DIVERGED in said or LATE in said else ""
+            if self.stopping or code and not failed:
+                if not self.stopping:
+                    terminal.warn(f"{job['args']}, seed {job['seed']}: exit code {code}: {said}")
                 return
             row = dict.fromkeys(COLUMNS, "") | job
             row |= {"torch": torch.__version__, "date": f"{date.today()}", "jobs": a.jobs}
-            if code:
-                killed = f"ended by signal {-code}" if code < 0 else f"exit {code}"
-                row["failed"] = said.removeprefix("error: ") if code > 0 and said else killed
+            if failed:
+                row["failed"] = failed
             else:
                 (folder,) = out.iterdir()
                 row |= finished(folder) | {"control": self.control(str(folder), job["dataset"])}
@@ -293,15 +301,20 @@ class Study:
                 shutil.move(folder, self.out_dir / name)
             shutil.rmtree(out, ignore_errors=True)
 
+    def left(self, n, budget):
+        """How long n more runs take, in words."""
+        alike = [r for r in self.rows if r["wall"] and r["budget"] == budget]
+        found, minutes = [float(r["wall"]) for r in alike[-20:]], self.a.minutes
+        each = statistics.mean(found) if found else 60 * minutes + 30 if minutes else 120
+        return f"{each * math.ceil(n / self.a.jobs) / 60:.0f} min"
+
     def keep(self, row):
-        with self.lock:
-            self.rows.append(row)
+        with self.lock, alone(self.path):
             self._learn(row)
-            # another study may have added to the csv since
-            known = set(map(key_of, self.rows))
-            others = load(self.path) if self.path.exists() else []
-            self.rows += [r for r in others if key_of(r) not in known]
-            save(self.path, self.rows)
+            self.rows = load(self.path)
+            if key_of(row) not in map(key_of, self.rows):
+                self.rows.append(row)
+                save(self.path, self.rows)
         told = ", ".join(f"{k} {row[k]}" for k in ("steps", "fid", "control") if row[k])
         name = f"{row['method']} setting {row['setting']} seed {row['seed']}"
         terminal.note(f"{name}: {row['failed'] or told}")
@@ -349,6 +362,17 @@ def load(path):
     return files.read_csv(path, "seed")
 
 
+@contextlib.contextmanager
+def alone(path):
+    """No other study reads and writes the csv meanwhile."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def save(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -359,8 +383,7 @@ def save(path, rows):
 
 def train(a, path):
     """Whatever of the study is not in the csv yet; returns whether all of it is there now."""
-    rows = load(path)
-    have, jobs = {key_of(r): r["args"] for r in rows}, listed(a)
+    have, jobs = {key_of(r): r["args"] for r in load(path)}, listed(a)
     changed = {j["method"] for j in jobs if have.get(key_of(j), j["args"]) != j["args"]}
     if changed:
         names = ", ".join(sorted(changed))
@@ -369,31 +392,30 @@ def train(a, path):
     if not todo:
         return True
 
-    def left(n):
-        alike = [r for r in rows if r["wall"] and r["budget"] == todo[0]["budget"]]
-        found = [float(r["wall"]) for r in alike[-20:]]
-        each = statistics.mean(found) if found else 60 * a.minutes + 30 if a.minutes else 120
-        return f"{each * math.ceil(n / a.jobs) / 60:.0f} min"
-
+    out_dir = Path(a.out_dir)
+    study = Study(a, path, out_dir)
     done = f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}"
-    terminal.note(f"{done}; the others take about {left(len(todo))}")
+    terminal.note(f"{done}; the others take about {study.left(len(todo), todo[0]['budget'])}")
     if a.dry_run:
         for j in todo:
             name = f"{j['method']:12} setting {j['setting']} seed {j['seed']}"
             terminal.result(f"{name}  {j['args']}")
         return False
-    Path(a.out_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="study-", dir=a.out_dir) as temporary:
-        study = Study(a, path, rows, Path(a.out_dir if a.keep else temporary))
-        work(study, todo, left)
-    return {key_of(j) for j in jobs} <= {key_of(r) for r in rows}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="study-", dir=out_dir) as temporary:
+        study.out_dir = out_dir if a.keep else Path(temporary)
+        work(study, todo)
+    if study.signum:
+        raise cli.Stopped(study.signum, f"stopped; {path} has what had ended, the same goes on")
+    return {key_of(j) for j in jobs} <= {key_of(r) for r in load(path)}
 
 
-def work(study, todo, left):
+def work(study, todo):
     """Run the jobs, --jobs at once, until they, --deadline or a signal end it."""
     a, began = study.a, time.monotonic()
-    signals = signal.SIGINT, signal.SIGTERM
-    before = {s: signal.signal(s, lambda *_: study.stop()) for s in signals}
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    asked = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores one
+    before = {s: signal.signal(s, study.stop) for s in asked}
     with ThreadPoolExecutor(a.jobs) as pool:
         try:
             study.prepare(todo)
@@ -403,7 +425,8 @@ def work(study, todo, left):
                 for d in done:
                     d.result()
                 told = f"{len(todo) - len(running)}/{len(todo)} runs"
-                terminal.progress(f"study: {told}, about {left(len(running))} left")
+                left = study.left(len(running), todo[0]["budget"])
+                terminal.progress(f"study: {told}, about {left} left")
                 if a.deadline and time.monotonic() - began > 60 * a.deadline:
                     study.stop()
         finally:
@@ -447,7 +470,7 @@ def arguments(argv):
     ):
         p.add_argument(flag, help=text, **options)
     a = p.parse_args(argv)
-    a.methods = a.methods.split(",") if a.methods else list(METHODS)
+    a.methods = list(dict.fromkeys(a.methods.split(","))) if a.methods else list(METHODS)
     for name in a.methods:
         if name not in METHODS | OTHERS:
             raise ValueError(f"--methods has {name}{cli.close_to(name, METHODS | OTHERS)}")
@@ -461,6 +484,10 @@ def arguments(argv):
     for name in ("minutes", "steps", "seeds"):
         if getattr(a, name) is not None and not getattr(a, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(a, name)}")
+    if a.settings and (a.seeds or 1) > 1:
+        raise ValueError("--settings goes with one seed: each draw is a run")
+    if a.settings and (own := [m for m in a.methods if "--dataset" in (METHODS | OTHERS)[m]]):
+        raise ValueError(f"--settings compares by one distance; {own[0]} has scores of its own")
     a.seeds = a.seeds or (1 if a.settings else 3)
     return a
 
@@ -481,7 +508,9 @@ def main(argv=None):
     if a.report or complete:
         if not rows:
             raise ValueError(f"{path} has no runs yet")
-        terminal.result(study_report.report(rows, path.with_suffix(""), METHODS | OTHERS, BASE))
+        terminal.result(
+            study_report.report(rows, path.parent / path.stem, METHODS | OTHERS, COURSE, BASE)
+        )
     terminal.result(f"{path}{'' if complete else '  (not complete: the same command goes on)'}")
     return path
 

@@ -7,7 +7,7 @@ import random
 import re
 import statistics
 from html import escape
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 from common import files
@@ -19,6 +19,11 @@ COLORS = (
 ).split()
 DRAWS = 1000  # of a bootstrap
 AGAIN = "reference"
+FAILED = 5000.0  # the distance that a setting counts with that diverged: noise comes near it
+T95 = (  # quantiles of Student's t at .975, by degrees of freedom from 1; the last stands for more
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
 
 
 # ---- numbers ---------------------------------------------------------------------------------
@@ -45,29 +50,49 @@ def mean_std(found, form=".2f"):
     return f"{text} ± {statistics.stdev(found):{form}}" if len(found) > 1 else text
 
 
-def apart(a, b):
-    """-1, 0 or 1: whether the mean of a is below, within or above the spread of b's: 2 standard
-    errors of their difference. 0 where either has fewer than two values."""
-    if min(len(a), len(b)) < 2:
-        return 0
-    error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
-    difference = statistics.mean(a) - statistics.mean(b)
-    return 0 if abs(difference) <= 2 * error else int(math.copysign(1, difference))
+def fid(row):
+    return number(row["fid"])
 
 
-def on_shared_seeds(rows, base):
-    """Those of both on the seeds that both have, for seeds are run in the order of the clock, and
-    a machine that slows meets the later ones; all of both where they share none."""
-    seeds = {r["seed"] for r in rows} & {r["seed"] for r in base}
-    both = ([r for r in found if r["seed"] in seeds] for found in (rows, base))
-    return tuple(both) if seeds else (rows, base)
+def control(row):
+    return number(row["control"])
+
+
+def speed(row):
+    """Updates of G per second; None where it made none."""
+    return float(row["steps"]) / float(row["seconds"]) if number(row["steps"]) else None
+
+
+def ratio(rows, base, value):
+    """(mean, low, high) of value over that of base, on the runs of one seed and setting in both.
+
+    A geometric mean with its 95 % interval by Student's t of the logarithms: a collapsed run then
+    weighs by its factor, and a machine that slows meets both of a pair. None without a pair; of one
+    pair the interval is all numbers.
+    """
+    found = [{(r["seed"], r["setting"]): value(r) for r in runs} for runs in (rows, base)]
+    pairs = [(found[0][k], found[1][k]) for k in found[0] if k in found[1]]
+    logs = [math.log(one / other) for one, other in pairs if one and other]
+    if not logs:
+        return None
+    mean, n = statistics.mean(logs), len(logs)
+    if n == 1:
+        return math.exp(mean), 0.0, math.inf
+    half = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(logs) / math.sqrt(n)
+    return tuple(map(math.exp, (mean, mean - half, mean + half)))
+
+
+def apart(found):
+    """-1, 0 or 1: whether the interval of a ratio lies below 1, holds it, or lies above."""
+    _, low, high = found or (1, 0, math.inf)
+    return (low > 1) - (high < 1)
 
 
 def expected_minimum(found, k):
-    """Mean of the smallest of k values drawn from those found, with replacement; exact."""
+    """Mean of the smallest of k of the values found, over all choices of k: without bias."""
     n = len(found)
-    below = [((n - i) / n) ** k for i in range(n + 1)]  # that none of the i smallest is drawn
-    return sum(v * (below[i] - below[i + 1]) for i, v in enumerate(sorted(found)))
+    weights = (math.comb(n - 1 - i, k - 1) for i in range(n))  # k - 1 others, all of them larger
+    return sum(v * w for v, w in zip(sorted(found), weights)) / math.comb(n, k)
 
 
 def bootstrap(found, k, seed=0):
@@ -85,6 +110,15 @@ def best_so_far(row):
             best = min(best, value)
             points.append((float(e["seconds"]), best))
     return points
+
+
+def at(points, t):
+    """The distance at time t on the line between two evaluations, in logarithms."""
+    for (t0, v0), (t1, v1) in zip(points, points[1:]):
+        if t <= t1:
+            part = (t - t0) / (t1 - t0)
+            return v0 * (v1 / v0) ** part
+    return points[-1][1]
 
 
 def by(rows, *columns):
@@ -110,7 +144,7 @@ class Chart:
         self.parts = [f'<text x="{self.LEFT}" y="22" font-size="16">{escape(title)}</text>']
         self.text(self.right, self.base + 40, along, anchor="end")
         for e in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1):
-            for m in (1, 2, 5):
+            for m in (1, 2, 5) if self.high > 4 * self.low else range(1, 10):
                 if self.low <= (v := m * 10.0**e) <= self.high:
                     self.line([(self.LEFT, self.y(v)), (self.right, self.y(v))], "#ddd", 1)
                     self.text(self.LEFT - 6, self.y(v) + 4, f"{v:g}", anchor="end")
@@ -157,18 +191,19 @@ class Chart:
 
 
 def budget_chart(title, methods):
-    """Smallest distance against training time, mean over seeds. methods: {name: rows}."""
+    """Smallest distance against training time, mean over runs that were evaluated more than once.
+
+    methods: {name: rows}. None where no method has such runs. A curve spans the times that all of
+    its runs were evaluated around.
+    """
     curves = {}
     for name, rows in methods.items():
-        runs = [p for p in map(best_so_far, rows) if p]
-        times = sorted({t for points in runs for t, _ in points})
-        curve = []
-        for t in times:  # from where every run has been evaluated
-            now = [[v for at, v in points if at <= t] for points in runs]
-            if all(now):
-                curve.append((t, statistics.mean(v[-1] for v in now)))
-        if curve:
-            curves[name] = curve
+        runs = [p for p in map(best_so_far, rows) if len(p) > 1]
+        if runs:
+            first, last = max(p[0][0] for p in runs), min(p[-1][0] for p in runs)
+            times = [first + (last - first) * i / 24 for i in range(25)]
+            some = f" ({len(runs)} of {len(rows)})" if len(runs) < len(rows) else ""
+            curves[name + some] = [(t, statistics.mean(at(p, t) for p in runs)) for t in times]
     if not curves:
         return None
     last = max(t for curve in curves.values() for t, _ in curve)
@@ -176,27 +211,29 @@ def budget_chart(title, methods):
     chart.ticks_along((last * i / 6, f"{last * i / 6:.0f}") for i in range(7))
     for color, curve in zip(cycle(COLORS), curves.values()):
         chart.line([(chart.x(t), chart.y(v)) for t, v in curve], color)
-        for t, v in curve:
-            x, y = chart.x(t), chart.y(v)
-            chart.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
     chart.legend(zip(curves, cycle(COLORS)))
     return chart.svg()
 
 
 def minimum_chart(title, methods):
-    """Expected smallest distance against the number of random settings. methods: {name: values}."""
+    """Expected smallest distance against the number of random settings. methods: {name: values}.
+
+    Its 5 and 95 % are drawn to half of the settings: beyond, a bootstrap knows nothing better than
+    the best that was found.
+    """
     last = max(map(len, methods.values()))
     curves = {}
     for name, found in methods.items():
-        ks = range(1, len(found) + 1)
-        bands = [bootstrap(found, k) for k in ks]
-        curves[name] = (list(ks), [expected_minimum(found, k) for k in ks], *zip(*bands))
-    ends = [v for curve in curves.values() for v in curve[2] + curve[3]]
-    chart = Chart(title, "random settings tried", last, ends)
+        means = [expected_minimum(found, k) for k in range(1, len(found) + 1)]
+        bands = [bootstrap(found, k) for k in range(1, len(found) // 2 + 1)]
+        curves[name] = means, bands
+    every = [v for means, bands in curves.values() for v in (*means, *chain(*bands))]
+    chart = Chart(title, "random settings tried", last, every)
     chart.ticks_along((k, str(k)) for k in range(1, last + 1))
-    for color, (ks, means, lows, highs) in zip(cycle(COLORS), curves.values()):
-        chart.band(ks, lows, highs, color)
-        chart.line([(chart.x(k), chart.y(v)) for k, v in zip(ks, means)], color)
+    for color, (means, bands) in zip(cycle(COLORS), curves.values()):
+        if bands:
+            chart.band(range(1, len(bands) + 1), *zip(*bands), color)
+        chart.line([(chart.x(k), chart.y(v)) for k, v in enumerate(means, 1)], color)
     chart.legend(zip(curves, cycle(COLORS)))
     return chart.svg()
 
@@ -247,45 +284,61 @@ def row_text(cells):
     return "| " + " | ".join(cells) + " |"
 
 
-def speed(rows):
-    """Updates of G per second of every run that made some."""
-    return [float(r["steps"]) / float(r["seconds"]) for r in rows if number(r["steps"])]
+def failures(rows):
+    return sum(bool(r["failed"]) for r in rows)
 
 
-def table(methods, known, base):
+def runs_text(rows):
+    return f"{len(rows)}" + (f", {failures(rows)} failed" if failures(rows) else "")
+
+
+def table(methods, course, base):
     """Lines of a table in Markdown. methods: {name: rows}, best first."""
     features = {r["features"] for rows in methods.values() for r in rows if not r["failed"]}
-    course = {name: known[name][1] for name in methods if known.get(name, (0, None))[1]}
+    told = any(name in course for name in methods)
     head = ["method", "runs", f"FID ({', '.join(sorted(features))})", *SHARES, "control"]
-    head += ["updates", "per second", f"cost / {base}"] + ["the course's FID"] * bool(course)
+    head += ["updates", "per second", f"cost / {base}", f"FID / {base}, 95 %"]
+    head += ["FID of the course, by its own networks"] * told
     lines = [head, ["---"] * len(head)]
     for name, rows in methods.items():
-        failed = sum(bool(r["failed"]) for r in rows)
-        cells = [name, f"{len(rows)}" + (f", {failed} failed" if failed else "")]
-        cells.append(mean_std(values(rows, "fid")))
+        cells = [name, runs_text(rows), mean_std(values(rows, "fid"))]
         cells += [re.sub(r"\b0\.", ".", mean_std(values(rows, c), ".3f")) for c in SHARES]
-        steps, own = values(rows, "steps"), speed(rows)
-        cells += [mean_std(values(rows, "control")), f"{statistics.mean(steps or [0]):.0f}"]
-        cells.append(f"{statistics.mean(own):.1f}" if own else "-")
-        alike = [speed(r) for r in on_shared_seeds(rows, methods.get(base, []))]
-        rates = [statistics.mean(found) for found in alike if found]
-        cells.append(f"{rates[1] / rates[0]:.2f}" if len(rates) == 2 else "-")
-        if course:
-            cells.append(f"{course[name]:.1f}" if name in course else "")
+        steps, own = values(rows, "steps"), [v for v in map(speed, rows) if v]
+        cells.append(mean_std(values(rows, "control")))
+        made = [f"{statistics.mean(steps):.0f}", f"{statistics.mean(own):.1f}"] if own else []
+        cells += made or ["-", "-"]
+        cost = ratio(methods.get(base, []), rows, speed)
+        cells.append(f"{cost[0]:.2f}" if cost else "-")
+        far = ratio(rows, methods.get(base, []), fid) if name != base else None
+        cells.append("{:.2f} ({:.2f} to {:.2f})".format(*far) if far else "-")
+        cells += [f"{course[name]:.1f}" if name in course else ""] * told
         lines.append(cells)
     return [row_text(cells) for cells in lines]
 
 
-def settings_table(drawn):
+def settings_table(drawn, base):
     """Lines of a table of random settings. drawn: {name: rows}, best first."""
-    lines = [["method", "settings", "failed", "best", "median", "best arguments"], ["---"] * 6]
+    lines = [["method", "settings", "best", "median", "expected best of 4", "of 8"]]
+    lines[0] += [f"ahead of {base}", "best arguments"]
+    lines.append(["---"] * len(lines[0]))
+    theirs = {r["setting"]: distance(r) for r in drawn.get(base, [])}
     for name, rows in drawn.items():
-        found = values(rows, "fid")
-        failed = f"{sum(bool(r['failed']) for r in rows)}"
-        best = min(rows, key=lambda r: number(r["fid"]) or math.inf)
-        ends = f"{min(found):.2f}", f"{statistics.median(found):.2f}"
-        lines.append([name, f"{len(rows)}", failed, *ends, f"`{best['args']}`"])
+        found = [distance(r) for r in rows]
+        cells = [name, runs_text(rows), f"{min(found):.1f}", f"{statistics.median(found):.1f}"]
+        for k in (4, 8):
+            few = 2 * k > len(rows)  # for a bootstrap of it
+            band = "" if few else " ({:.1f} to {:.1f})".format(*bootstrap(found, k))
+            cells.append(f"{expected_minimum(found, k):.1f}{band}" if k <= len(rows) else "-")
+        both = [distance(r) < theirs[r["setting"]] for r in rows if r["setting"] in theirs]
+        cells.append(f"in {sum(both)} of {len(both)}" if both and name != base else "-")
+        cells.append(f"`{min(rows, key=distance)['args']}`")
+        lines.append(cells)
     return [row_text(cells) for cells in lines]
+
+
+def distance(row):
+    """The distance that a setting counts with."""
+    return FAILED if row["failed"] else fid(row)
 
 
 def own_scores(methods):
@@ -293,47 +346,59 @@ def own_scores(methods):
     lines = []
     for name, rows in methods.items():
         found = [json.loads(r["evaluations"])[-1] for r in rows if r["evaluations"]]
-        keys = [k for k in (found[0] if found else {}) if k not in ("step", "seconds", "n")]
+        first = found[0] if found else {}
+        about = ", ".join(f"{k} {first[k]}" for k in ("n", "features") if k in first)
+        keys = [k for k in first if k not in ("step", "seconds", "n")]
         told = [f"{k} {mean_std(values(found, k), '.4g')}" for k in keys if values(found, k)]
-        lines.append(f"- {name}, {len(found)} runs: {', '.join(told)}")
+        lines.append(f"- {name}, {runs_text(rows)} runs ({about}): {', '.join(told)}")
     return lines
 
 
 def differences(methods, base):
-    """Lines that say which methods differ from the base by more than the spread."""
+    """Lines that say which methods differ from the base by more than chance, seed for seed."""
     if base not in methods:
         return []
-    said = {-1: [], 0: [], 1: []}
+    said = {"ahead": [], "behind": [], "level": [], "alone": [], "failed": []}
     for name, rows in methods.items():
-        if name != base:
-            one, other = on_shared_seeds(rows, methods[base])
-            said[apart(values(one, "fid"), values(other, "fid"))].append(name)
+        found = ratio(rows, methods[base], fid)
+        if name == base:
+            continue
+        if failures(rows):
+            said["failed"].append(f"{name} ({failures(rows)} of {len(rows)})")
+        elif not found or math.isinf(found[2]):
+            said["alone"].append(name)
+        else:
+            said[("level", "behind", "ahead")[apart(found)]].append(name)
     words = {
-        -1: f"ahead of {base} by more than 2 standard errors",
-        1: f"behind {base} by more than that",
-        0: f"not to be told from {base}, or one run alone",
+        "ahead": f"ahead of {base}, by the interval of the ratio on the seeds of both",
+        "behind": f"behind {base}",
+        "level": f"not to be told from {base}",
+        "alone": f"fewer than two seeds shared with {base}",
+        "failed": "some runs failed, so not compared",
     }
     return [f"- {words[k]}: {', '.join(names)}" for k, names in said.items() if names]
 
 
 def disagreements(methods):
     """Lines on pairs that the features and the yardstick's classifier put in opposite orders."""
-    both = {n: (values(r, "fid"), values(r, "control")) for n, r in methods.items()}
-    names = [n for n, (a, b) in both.items() if a and b]
+    both = {n: [r for r in rows if fid(r) and control(r)] for n, rows in methods.items()}
+    names = [n for n, rows in both.items() if rows and not failures(methods[n])]
     clear, unclear, pairs = [], 0, 0
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
+            found = [ratio(both[one], both[other], value) for value in (fid, control)]
+            if None in found:
+                continue
             pairs += 1
-            (a, b), (c, d) = both[one], both[other]
-            order = statistics.mean(a) - statistics.mean(c), statistics.mean(b) - statistics.mean(d)
-            if order[0] * order[1] < 0:
-                if apart(a, c) and apart(b, d):
+            if (found[0][0] - 1) * (found[1][0] - 1) < 0:
+                if all(map(apart, found)):
                     clear.append(f"{one} and {other}")
                 else:
                     unclear += 1
     if not pairs:
         return []
-    text = f"- the control orders {pairs - unclear - len(clear)} of {pairs} pairs as the table does"
+    alike = pairs - unclear - len(clear)
+    text = f"- the control orders {alike} of {pairs} pairs as the distance does"
     text += f", {unclear} the other way within their spread" if unclear else ""
     return [text + (f"; beyond it: {', '.join(clear)}" if clear else "")]
 
@@ -343,26 +408,25 @@ def repeats(rows):
     again = [r for r in rows if r["method"] == AGAIN and not r["failed"]]
     if len(again) < 2:
         return []
-    steps = values(again, "steps")
-    drift = f"{min(steps):.0f} to {max(steps):.0f} updates"
+    rates = [speed(r) for r in again]
+    drift = f"{min(rates):.1f} to {max(rates):.1f} updates per second"
     spread = mean_std(values(again, "fid"))
     return [f"- the same command with the same seed, {len(again)} times: {drift}, FID {spread}"]
 
 
-def group_text(rows, known, base, what, picture):
+def group_text(rows, course, base, what, picture):
     """Lines on runs of one cost. picture(name, data) keeps a picture and returns its line."""
     runs = [r for r in rows if r["method"] != AGAIN]
     own = by([r for r in runs if r["setting"] == "0"], "method")
     own = {n: found for (n,), found in own.items()}
     order = {n: statistics.mean(values(found, "fid") or [math.inf]) for n, found in own.items()}
-    own = {n: own[n] for n in sorted(own, key=order.get)}
-    drawn = by([r for r in runs if r["setting"] != "0"], "method")
-    drawn = {n: found for (n,), found in drawn.items()}
+    own = {n: own[n] for n in sorted(own, key=lambda n: (failures(own[n]) > 0, order[n]))}
     text = [f"## {what}", ""]
-    if own and not any(values(found, "recall") for found in own.values()):
+    done = [r for found in own.values() for r in found if not r["failed"]]
+    if done and not values(done, "recall"):  # image to image
         text += [*own_scores(own), ""]
     elif own:
-        text += [*table(own, known, base), ""]
+        text += [*table(own, course, base), ""]
         text += [*differences(own, base), *disagreements(own), *repeats(rows), ""]
         if svg := budget_chart(f"Smallest distance, {what}", own):
             text += [picture("budget.svg", svg.encode()), ""]
@@ -371,13 +435,12 @@ def group_text(rows, known, base, what, picture):
         sheet.save(buffer, "png", optimize=True)
         text += [picture("samples.png", buffer.getvalue()), ""]
 
-    drawn = {n: found for n, found in drawn.items() if values(found, "fid")}
-    if drawn:
-        drawn = {n: drawn[n] for n in sorted(drawn, key=lambda n: min(values(drawn[n], "fid")))}
-        # a setting that failed counts as the worst of all that did not
-        worst = max(v for found in drawn.values() for v in values(found, "fid"))
-        scores = {n: [number(r["fid"]) or worst for r in found] for n, found in drawn.items()}
-        text += [*settings_table(drawn), ""]
+    drawn = by([r for r in runs if r["setting"] != "0"], "method")
+    scores = {n: [distance(r) for r in found] for (n,), found in drawn.items()}
+    scores = {n: scores[n] for n in sorted(scores, key=lambda n: min(scores[n]))}
+    if scores:
+        text += [*settings_table({n: drawn[n,] for n in scores}, base), ""]
+        text += [f"One that failed counts as {FAILED:g}; in brackets 5 and 95 % by bootstrap.", ""]
         for name, title, made in (
             ("settings", "Expected smallest distance", minimum_chart),
             ("boxes", "Distances of random settings", box_chart),
@@ -386,25 +449,34 @@ def group_text(rows, known, base, what, picture):
     return text
 
 
-def report(rows, stem, known, base):
-    """Write stem.md and the pictures it names; returns the text. known: study.METHODS."""
+def report(rows, stem, known, course, base):
+    """Write stem.md and the pictures it names; returns the text.
+
+    known: commands by method, course: distances by method, see study.py.
+    """
     stem = Path(stem)
     dates = sorted(r["date"] for r in rows)
     about = f"torch {', '.join(sorted({r['torch'] for r in rows}))}, {dates[0]} to {dates[-1]}"
     jobs = max(int(r["jobs"]) for r in rows)
     text = [f"`python -m tests.benchmarks.study --report`: {len(rows)} runs, {about}, "]
-    text[0] += f"one thread each, up to {jobs} at once. Means and standard deviations over seeds."
-    text.append("")
+    text[0] += f"one thread each, up to {jobs} at once. Means and standard deviations over seeds; "
+    text[0] += "ratios are geometric means over the seeds that both have, with a 95 % interval by "
+    text[0] += "Student's t, of which one in twenty misses by chance."
+    own = [r for r in rows if r["setting"] == "0" and r["method"] != AGAIN]
+    old = {r["method"] for r in own if r["args"] != known.get(r["method"])}
+    text += ["", f"By other arguments than today's: {', '.join(sorted(old))}."] * bool(old) + [""]
     groups = by(rows, "dataset", "subset", "budget", "dtype", "n")
-    for i, ((dataset, subset, budget, dtype, n), group) in enumerate(groups.items()):
+    for (dataset, subset, budget, dtype, n), group in groups.items():
+        images = f"{dataset}-{subset}" if subset != "0" else dataset
+        name = f"{stem.name}-{images}-{budget.replace(' ', '')}-{dtype}-{n}"
 
-        def picture(name, data, i=i):
-            path = stem.with_name(f"{stem.name}-{i}-{name}")
+        def picture(kind, data, name=name):
+            path = stem.with_name(f"{name}-{kind}")
             files.write_atomic(path, data)
             return f"![]({path.name})"
 
         images = f"{subset} images of {dataset}" if subset != "0" else dataset
-        what = f"{images}, {budget} each, {dtype}, {n} samples"
-        text += group_text(group, known, base, what, picture)
-    files.write_atomic(stem.with_suffix(".md"), "\n".join(text).encode())
+        what = f"{images}, {budget} each, {dtype}, up to {n} samples"
+        text += group_text(group, course, base, what, picture)
+    files.write_atomic(stem.with_name(f"{stem.name}.md"), "\n".join(text).encode())
     return "\n".join(text)
