@@ -17,7 +17,7 @@ Differs  1. PT is EBGAN's pulling-away term, which the paper has not: k asks for
          to .9, and at 1 a stroke like them; 2. gamma is 1, where the paper has .3 to .7, and
          lambda_k .05, as .001 hardly moves k in 4,000 updates; 3. D's code is short, 16
          where the paper has 64 or more: with 64 it rebuilds any strokes; 4. weights start as
-         Glorot's (the authors' code), as torch's let signals fade in D, which learns little in
+         Glorot's, as torch's own let signals fade in D, which then learns little in
          hundreds of updates; 5. channels double with each halving of the size, and a size has one
          convolution, where the paper's grow by as many and have two; 6. Adam's rate and decays are
          the best found for short runs, the rate falls to 0 besides its halving, an average of G is
@@ -96,6 +96,8 @@ class Args:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
         if self.stall_steps < 0:
             raise ValueError(f"stall_steps must be zero or positive, got {self.stall_steps}")
+        if self.lambda_pt and self.batch_size == 1:
+            raise ValueError("lambda_pt compares the images of a batch: each process needs two")
 
 
 # ---- networks ------------------------------------------------------------------------------
@@ -143,9 +145,8 @@ class AutoEncoder(nn.Module):
 
 @torch.no_grad()
 def initialise(layer):
-    """Glorot's weights and zero biases, as in the authors' code: torch's own weights let a signal
-
-    fade from layer to layer, and without normalisation nothing brings it back."""
+    """Glorot's weights and zero biases: torch's own weights let a signal fade from layer to layer,
+    and without normalisation nothing brings it back."""
     if isinstance(layer, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(layer.weight)
         layer.bias.zero_()

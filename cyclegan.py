@@ -17,7 +17,7 @@ Differs  1. A generator adds what it finds to its input (--skip off: not). Insta
          exponential average of both generators is sampled and scored, in the paper they themselves;
          5. the identity's weight is absolute, 5; the paper's is relative, .5 of 10, and on for
          paintings alone.
-Reached  stripes, 1,400 updates in 200 s of one thread of a CPU to itself, seeds 0 to 2: Frechet
+Reached  stripes, 1,400 updates (200 s of one thread of a CPU to itself), seeds 0 to 2: Frechet
          distance (cifarnet) 10.7 +- .5 from A and 16.0 +- 2.3 from B (the input itself 55.3, other
          real images 1.8 and 1.3); error against the true counterpart .084 and .049 (the input .071
          and .072), as stripes look right and lie wrong:
@@ -90,7 +90,7 @@ class Args:
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 1400
-        if self.lambda_cycle_b is None:
+        if self.lambda_cycle_b is None and self.resume is None:
             self.lambda_cycle_b = self.lambda_cycle
         if not 0 <= self.patch_layers <= 5:
             raise ValueError(f"patch_layers must be 0 to 5, got {self.patch_layers}")
@@ -403,7 +403,7 @@ def learning_rate(args, done):
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, features, graphs, processes, run, scores  # borrowed: see lsgan.py
+    from common import data, graphs, processes, run, scores  # borrowed: see lsgan.py
 
     device = run.setup(args)  # checks, processes, precision, threads, seed
     a, b = data.load_domains(args.dataset, args.data_dir, args.image_size, args.cache_dir)
@@ -414,14 +414,17 @@ def main(args):
     args.channels = a.channels
     nets = build(args)
     update, state = updates(nets, processes.share(args))  # its share of a batch
+    n, seen = args.eval_samples, []
     for domain, images in enumerate((a, b)):  # each in an order of its own
         train = data.subset(images, args.subset)
         batches = data.Batches(train, args.batch_size, args.seed, device, domain)
         state["batches_" + "ab"[domain]] = batches
-    n = args.eval_samples
+        seen.insert(0, data.to_float(train.images[:n]))  # in the order of ways
     test_a, test_b = (data.to_float(images.test.images[:n]) for images in (a, b))
     ways = ("AtoB", test_b, a.counterpart), ("BtoA", test_a, b.counterpart)
-    feature_name = features.resolve(args.features, args.channels)
+    numbers = {"testA": len(test_a), "testB": len(test_b)}
+    numbers |= {"trainA": len(seen[1]), "trainB": len(seen[0])}
+    feature_name = scores.checked_features(args.features, args.channels, numbers)
     baselines = {}
 
     def translate(x, direction):
@@ -453,7 +456,6 @@ def main(args):
 
     def score():
         if not baselines:
-            seen = [data.to_float(images.images[:n]) for images in (b, a)]
             mean = [x.mean(0).expand_as(real) for x, (_, real, _) in zip(seen, ways)]
             baselines["input"] = distances(test_a, test_b) | errors(test_a, test_b)
             baselines["mean of training"] = distances(*mean) | errors(*mean)

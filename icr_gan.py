@@ -9,15 +9,16 @@ Losses   L_D = L_D of LSGAN + lambda_real E[(D(x) - D(T(x)))^2]
          T: a random shift and mirror of each image; n ~ N(0, I).
          CR is lambda_real alone, bCR lambda_real and lambda_fake, zCR lambda_dis and lambda_gen.
 Differs  1. Least squares, where the paper has the hinge and the non-saturating loss: these scores
-         span [0, 1], so the paper's weights weigh more here; 2. T moves by 1/32 of the image, where
+         span [0, 1], so the paper's weights do not carry over; 2. T moves by 1/32 of the image, where
          the paper moves by 4 pixels of 32, and mirrors no digits; 3. sigma is .05, in the paper's
          small models .03, and the distance of G's images is a mean over pixels, so that lambda_gen
          weighs the same at every size; 4. the terms see half of each batch: an update then costs
          1.4 times one of LSGAN, with all of it 1.7 times; 5. G(z) and G(z + sigma n) are one batch
          to BatchNorm, else it tells them apart, and G is rewarded for that; 6. what lsgan.py
          differs in.
-Reached  FID (lenet) 2.79 +- .75 (seeds 3 to 7) in 3 minutes of one thread of a CPU, LSGAN 2.87 +-
-         .52; in 1.5 minutes with --subset 500 7.40 +- .17 (seeds 0 to 2), LSGAN 14.17 +- .40:
+Reached  FID (lenet) 2.74 +- .66 (8 seeds) in 3 minutes of one thread of a CPU, bCR alone on all
+         images 2.20 +- .38 (6), LSGAN 2.86 +- .55; with --subset 500 in 1.5 minutes 7.77 +- .49
+         (6), LSGAN 14.80 +- 1.14 (6):
          python icr_gan.py --dataset mnist --precision bf16 --threads 1 --max-minutes 3
 Run      python icr_gan.py --sigma 0.05                    # built-in digits
          python icr_gan.py --dataset mnist --subset 500 --steps 6000
@@ -84,9 +85,9 @@ class Args:
     def __post_init__(self):
         if self.steps is None and self.max_minutes is None and self.resume is None:
             self.steps = 4000
-        if self.shift is None:
+        if self.shift is None and self.resume is None:
             self.shift = max(1, self.image_size // 32)
-        elif self.shift >= self.image_size:
+        elif self.shift is not None and self.shift >= self.image_size:
             raise ValueError(f"shift must be below image_size, {self.image_size}, got {self.shift}")
         if not 0 < self.consistency_share <= 1:
             raise ValueError(f"consistency_share must be in (0, 1], got {self.consistency_share}")
@@ -164,7 +165,7 @@ def consistency(a, b, weight):
 
 
 def icr_d_loss(d_out, lambda_real, lambda_fake, lambda_dis):
-    """Loss of D with its consistency terms, algorithm 2 of the paper on least squares.
+    """Loss of D with its consistency terms, algorithms 1 and 2 of the paper.
 
     d_out [2 + number of non-zero weights, N], float32: D(x), D(G(z)), then D(T(x)), D(T(G(z))),
     D(G(z + sigma n)); a term of weight 0 has no row. Means over N. Returns (loss, terms): the

@@ -11,8 +11,8 @@ Differs  1. Networks scale with image_size: 64 px, width 16 and patches of 34 px
          of G is sampled and scored, the paper has none; 4. at test BatchNorm uses running
          statistics, the paper those of the test batch; dropout stays on, as there; 5. D's loss is
          halved in the gradient too, in the original code only in the log.
-Reached  Frechet distance (cifarnet) 4.48 +- .64 on 200 test pairs, seeds 0 to 2, that of the input
-         itself 42.8: python pix2pix.py --precision bf16
+Reached  Frechet distance (cifarnet) 4.48 +- .64 on 200 test pairs, seeds 0 to 2, H200, that of the
+         input itself 42.8: python pix2pix.py --precision bf16
 Run      python pix2pix.py                                 # built-in blueprints
          python pix2pix.py --dataset facades --direction BtoA --jitter
          python pix2pix.py --lambda-adv 0                  # L1 alone; --lambda-l1 0: the cGAN alone
@@ -332,7 +332,7 @@ def learning_rate(args, done):
 
 def main(args):
     """Train as args say; returns the run folder (pathlib.Path)."""
-    from common import data, features, graphs, processes, run, scores  # borrowed: see lsgan.py
+    from common import data, graphs, processes, run, scores  # borrowed: see lsgan.py
 
     device = run.setup(args)  # checks, processes, precision, threads, seed
     pairs = data.load_pairs(args.dataset, args.data_dir, args.image_size, args.cache_dir)
@@ -347,7 +347,9 @@ def main(args):
     train = data.subset(pairs, args.subset)
     batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
     source, target = ends(data.to_float(pairs.test.images[: args.eval_samples]), args)
-    feature_name = features.resolve(args.features, target.shape[1])
+    known = ends(data.to_float(train.images[: args.eval_samples]), args)[1]
+    numbers = {"pairs to test on": len(target), "pairs to train on": len(known)}
+    feature_name = scores.checked_features(args.features, target.shape[1], numbers)
     baselines = {}
 
     def translate(x):
@@ -372,7 +374,6 @@ def main(args):
 
     def score():
         if not baselines:
-            known = ends(data.to_float(train.images[: args.eval_samples]), args)[1]
             baselines["input"] = compare(coloured(source, target.shape[1]))
             baselines["mean of training"] = compare(known.mean(0).expand_as(target))
             baselines["training images"] = distances(known)

@@ -122,6 +122,20 @@ def of_generator(generate, images, args):
     return score
 
 
+def checked_features(name, channels, numbers):
+    """The name that features of that name have for these channels, once distances can be had on them.
+
+    numbers: {what a set is called: its images}. ValueError where one has fewer than two or weights
+    are missing, which is better said before the training than after it.
+    """
+    for what, number in numbers.items():
+        if number < 2:
+            raise ValueError(f"{what}: {number} of at least 2 images that distances need")
+    name = features.resolve(name, channels)
+    features.version(name)
+    return name
+
+
 def distances(fake, real, feature_name="auto", device="cpu"):
     """{"fid", "kid"} of uint8 images [n, C, H, W] and [m, C, H, W]; exact for few images too.
 

@@ -41,6 +41,22 @@ def test_python_can_ask_for_the_number_of_steps_that_is_the_default(finished, tm
     assert args.steps == 2
 
 
+@pytest.mark.parametrize(
+    "name, typed, follows",
+    [
+        ("wgan_gp", {"clip": 0.01}, {"lr": 3e-3}),
+        ("icr_gan", {"image_size": 32}, {"shift": 3}),
+        ("cyclegan", {"lambda_cycle": 10.0}, {"lambda_cycle_b": 2.0}),
+    ],
+)
+def test_what_follows_from_a_value_typed_again_is_no_change(name, typed, follows, tmp_path):
+    args = tiny(name, **typed, **follows) if name != "cyclegan" else script(name).Args(**follows)
+    (tmp_path / "args.json").write_text(json.dumps({"script": name, "args": vars(args)}))
+    again = script(name).Args(resume=str(tmp_path), **typed)
+    cli.take_over(again)
+    assert {k: getattr(again, k) for k in follows} == follows
+
+
 def test_an_old_value_typed_again_is_no_change(finished):
     line = ["--resume", str(finished), "--lr-decay", "0", "--width", "4", "--channels", "0"]
     args = cli.parse(script("lsgan").Args, [*line, "--precision", "auto", "--threads", "0"])

@@ -259,3 +259,11 @@ def test_pixel_variance_by_hand():
     x = noise(700, 3, 8, 8)
     want = data.to_float(x).double().var(0, correction=0).mean().item()
     assert scores.pixel_variance(x) == pytest.approx(want, rel=1e-9)
+
+
+def test_features_and_sets_are_checked_before_the_training():
+    assert scores.checked_features("auto", 3, {"test": 2, "train": 9}) == "cifarnet"
+    with pytest.raises(ValueError, match="testB: 1 of at least 2"):
+        scores.checked_features("auto", 1, {"testA": 2, "testB": 1})
+    with pytest.raises(ValueError, match="lenet"):
+        scores.checked_features("lenet", 3, {"test": 2})

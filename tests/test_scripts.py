@@ -359,3 +359,48 @@ assert not {{"kernels", "torchvision"}} & set(sys.modules)
 """
     done = shell("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def photos(folder, n):
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+    for i in range(n):
+        pixels = torch.randint(0, 256, (32, 32), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    "name, folders, said",
+    [
+        ("vaegan", {"train": 8, "test": 1}, "images to encode: 1 of"),
+        ("cyclegan", {"trainA": 8, "trainB": 1, "testA": 2, "testB": 2}, "trainB: 1 of"),
+        ("cyclegan", {"trainA": 8, "trainB": 8, "testA": 2, "testB": 1}, "testB: 1 of"),
+    ],
+)
+def test_too_few_images_to_score_are_told_before_the_training(name, folders, said, tmp_path):
+    for folder, n in folders.items():
+        photos(tmp_path / "photos" / folder, n)
+    with pytest.raises(ValueError, match=said):
+        short(name, tmp_path, dataset=str(tmp_path / "photos"), batch_size=2 - (name == "cyclegan"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_few_pairs_to_score_are_told_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="pairs to train on: 1 of"):
+        short("pix2pix", tmp_path, cache_dir=CACHE, norm="instance", batch_size=1, subset=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def short(name, folder, **changes):
+    given = {"cache_dir": str(folder / "cache"), "image_size": 32, "width": 4, "steps": 1} | changes
+    given |= {"device": "cpu", "precision": "fp32", "threads": 1, "quiet": True}
+    return script(name).main(script(name).Args(out_dir=str(folder / "runs"), **given))
+
+
+@pytest.mark.parametrize("name", ["ebgan", "began"])
+def test_a_term_between_images_asks_for_two_in_every_process(name):
+    with pytest.raises(ValueError, match="each process needs two"):
+        script(name).Args(batch_size=1)
+    script(name).Args(batch_size=1, lambda_pt=0.0)

@@ -276,8 +276,9 @@ class Study:
         limit = 60 * (4 * a.minutes + 15) if a.minutes else None  # who is not back by then hangs
         try:
             code, _, said = self.command(*self.words_of(job, out), limit=limit)
-            failed = said.removeprefix("error: ") if DIVERGED in said or LATE in said else ""
-            if self.stopping or code and not failed:
+            result = not code or DIVERGED in said or LATE in said
+            failed = said.removeprefix("error: ") if code else ""
+            if self.stopping or not result:
                 if not self.stopping:
                     terminal.warn(f"{job['args']}, seed {job['seed']}: exit code {code}: {said}")
                 return
