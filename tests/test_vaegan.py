@@ -644,3 +644,21 @@ def test_a_run_shows_and_scores_reconstructions_and_resumes_to_the_bit(tmp_path)
     assert 0 < row["sharpness"] and 0 < row["rec_sharpness"]
     for name in ("samples", "reconstructions", "interpolations"):
         assert (whole / name / "000004.png").is_file() and (whole / f"{name}.png").is_file()
+
+
+def test_images_of_every_class_are_encoded_where_not_all_of_them_are(tmp_path):
+    """Folders list class by class: of the first alone, flat here, the sharpness would be 0 / 0."""
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for name, top in (("flat", 1), ("noisy", 256)):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(32):
+                pixels = torch.randint(0, top, (32, 32), generator=draw, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    places = {"dataset": str(tmp_path / "photos"), "cache_dir": str(tmp_path / "cache")}
+    folder = helpers.train("vaegan", tmp_path / "runs", eval_samples=32, steps=1, **places)
+    row = json.loads((folder / "metrics.json").read_text())
+    assert math.isfinite(row["sharpness"]) and math.isfinite(row["rec_sharpness"])
