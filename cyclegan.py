@@ -419,7 +419,7 @@ def main(args):
         train = data.subset(images, args.subset)
         batches = data.Batches(train, args.batch_size, args.seed, device, domain)
         state["batches_" + "ab"[domain]] = batches
-        seen.insert(0, data.to_float(train.images[:n]))  # in the order of ways
+        seen.insert(0, train.images[:n])  # in the order of ways
     test_a, test_b = (data.to_float(images.test.images[:n]) for images in (a, b))
     ways = ("AtoB", test_b, a.counterpart), ("BtoA", test_a, b.counterpart)
     numbers = {"testA": len(test_a), "testB": len(test_b)}
@@ -456,10 +456,11 @@ def main(args):
 
     def score():
         if not baselines:
-            mean = [x.mean(0).expand_as(real) for x, (_, real, _) in zip(seen, ways)]
+            known = [data.to_float(images) for images in seen]
+            mean = [x.mean(0).expand_as(real) for x, (_, real, _) in zip(known, ways)]
             baselines["input"] = distances(test_a, test_b) | errors(test_a, test_b)
             baselines["mean of training"] = distances(*mean) | errors(*mean)
-            baselines["training images"] = distances(*seen)
+            baselines["training images"] = distances(*known)
         fake_b, rec_a = there_and_back(test_a, "AtoB")
         fake_a, rec_b = there_and_back(test_b, "BtoA")
         row = {"n": min(len(test_a), len(test_b)), "features": feature_name}

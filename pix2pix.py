@@ -347,8 +347,8 @@ def main(args):
     train = data.subset(pairs, args.subset)
     batches = state["batches"] = data.Batches(train, args.batch_size, args.seed, device)
     source, target = ends(data.to_float(pairs.test.images[: args.eval_samples]), args)
-    known = ends(data.to_float(train.images[: args.eval_samples]), args)[1]
-    numbers = {"pairs to test on": len(target), "pairs to train on": len(known)}
+    seen = train.images[: args.eval_samples]
+    numbers = {"pairs to test on": len(target), "pairs to train on": len(seen)}
     feature_name = scores.checked_features(args.features, target.shape[1], numbers)
     baselines = {}
 
@@ -374,6 +374,7 @@ def main(args):
 
     def score():
         if not baselines:
+            known = ends(data.to_float(seen), args)[1]
             baselines["input"] = compare(coloured(source, target.shape[1]))
             baselines["mean of training"] = compare(known.mean(0).expand_as(target))
             baselines["training images"] = distances(known)
