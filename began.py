@@ -97,7 +97,7 @@ class Args:
         if self.stall_steps < 0:
             raise ValueError(f"stall_steps must be zero or positive, got {self.stall_steps}")
         if self.lambda_pt and self.batch_size == 1:
-            raise ValueError("lambda_pt compares the images of a batch: each process needs two")
+            raise ValueError("batch_size 1: lambda_pt compares images, each process needs two")
 
 
 # ---- networks ------------------------------------------------------------------------------

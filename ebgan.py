@@ -91,7 +91,7 @@ class Args:
         if self.code_dim < 1:
             raise ValueError(f"code_dim must be positive, got {self.code_dim}")
         if self.lambda_pt and self.batch_size == 1:
-            raise ValueError("lambda_pt compares the images of a batch: each process needs two")
+            raise ValueError("batch_size 1: lambda_pt compares images, each process needs two")
 
 
 # ---- networks ------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ Losses   L_D = L_D of LSGAN + lambda_real E[(D(x) - D(T(x)))^2]
          T: a random shift and mirror of each image; n ~ N(0, I).
          CR is lambda_real alone, bCR lambda_real and lambda_fake, zCR lambda_dis and lambda_gen.
 Differs  1. Least squares, where the paper has the hinge and the non-saturating loss: these scores
-         span [0, 1], so the paper's weights do not carry over; 2. T moves by 1/32 of the image, where
-         the paper moves by 4 pixels of 32, and mirrors no digits; 3. sigma is .05, in the paper's
-         small models .03, and the distance of G's images is a mean over pixels, so that lambda_gen
-         weighs the same at every size; 4. the terms see half of each batch: an update then costs
-         1.4 times one of LSGAN, with all of it 1.7 times; 5. G(z) and G(z + sigma n) are one batch
-         to BatchNorm, else it tells them apart, and G is rewarded for that; 6. what lsgan.py
-         differs in.
+         span [0, 1], so the paper's weights do not carry over; 2. T moves by 1/32 of the image,
+         where the paper moves by 4 pixels of 32, and mirrors no digits; 3. sigma is .05, in the
+         paper's small models .03, and the distance of G's images is a mean over pixels, so that
+         lambda_gen weighs the same at every size; 4. the terms see half of each batch: an update
+         then costs 1.4 times one of LSGAN, with all of it 1.7 times; 5. G(z) and G(z + sigma n) are
+         one batch to BatchNorm, else it tells them apart, and G is rewarded for that; 6. what
+         lsgan.py differs in.
 Reached  FID (lenet) 2.74 +- .66 (8 seeds) in 3 minutes of one thread of a CPU, bCR alone on all
          images 2.20 +- .38 (6), LSGAN 2.86 +- .55; with --subset 500 in 1.5 minutes 7.77 +- .49
          (6), LSGAN 14.80 +- 1.14 (6):

@@ -123,7 +123,7 @@ def of_generator(generate, images, args):
 
 
 def checked_features(name, channels, numbers):
-    """The name that features of that name have for these channels, once distances can be had on them.
+    """The name of the features that distances are taken in, once it is sure that they can be.
 
     numbers: {what a set is called: its images}. ValueError where one has fewer than two or weights
     are missing, which is better said before the training than after it.
