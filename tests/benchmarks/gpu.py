@@ -93,8 +93,9 @@ def parts(cuda, a, work):
     ]
     for name in train.scripts():
         path = f"{work}/train-{name}.json"
-        words = [*bench, "--scripts", name, "--rounds", "3", "--round-s", "0.2", "--json", path]
-        found.append(Part(f"updates of {name}", words, 0.05, path))
+        words = [*bench, "--scripts", name, "--sizes", "default", "--rounds", "3"]
+        words += ["--round-s", "0.2", "--json", path]
+        found.append(Part(f"updates of {name}", words, 0.08, path))
     wide = "--width 64 --batch-size 128".split()
     for script in ("icr_gan", "lsgan"):
         found.append(runs(script, dataset, f"{script} on {dataset}", 0.1, *wide))
