@@ -166,6 +166,27 @@ def test_random_settings_are_shared_by_the_methods_vary_and_keep_what_each_is():
     assert [d[1:] for d in drawn["lsgan"]] == [d[1:] for d in drawn["wgan"]]
 
 
+def test_what_is_added_reaches_every_run_and_makes_it_another(tmp_path):
+    words = "--methods lsgan,icr-half --seeds 1 --no-reference".split()
+    plain, wide = (study.listed(arguments(*words, *more)) for more in ([], ["--add=--width  64"]))
+    assert {j["added"] for j in wide} == {"--width 64"}
+    assert not {study.key_of(j) for j in plain} & {study.key_of(j) for j in wide}
+    made = study.Study(arguments(), tmp_path / "study.csv", tmp_path)
+    for job in wide:
+        assert study.arguments_of(made.words_of(job, tmp_path)).width == 64
+    drawn = study.drawn(["lsgan.py", "--width=64"], 1)
+    assert "--width" not in drawn and "--lr" in drawn
+
+
+@pytest.mark.parametrize(
+    "word, why",
+    [("--seed 1", "gives itself"), ("--dataset=digits", "gives itself"), ("--sigma 1", "--sigma")],
+)
+def test_what_a_study_cannot_add_is_told_before_it_trains(word, why):
+    with pytest.raises(ValueError, match=why):
+        arguments("--methods", "lsgan", f"--add={word}")
+
+
 def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
     path = tmp_path / "study.csv"
     words = ["-m", "tests.benchmarks.study", "--steps", "3", "--methods", "lsgan", "--n", "64"]
@@ -352,6 +373,21 @@ def cells(text, method):
 
 def report(rows, folder):
     return study_report.report(rows, folder / "s", study.METHODS, study.COURSE, "lsgan")
+
+
+def test_a_set_at_a_path_and_what_was_added_have_pictures_and_a_table_of_their_own(tmp_path):
+    rows = [made_up(m, s, 2, dataset="some/set") for m in ("lsgan", "cr") for s in (0, 1)]
+    rows += [r | {"added": "--width 64", "fid": "1.0"} for r in rows]
+    rows.append(made_up("zcr", 1, 3, dataset="some/set"))
+    text = report(rows, tmp_path)
+    assert "course" not in text  # whose figures are of digits
+    assert "## some/set, 1 min each, fp32, up to 9 samples, --width 64" in text
+    assert [line.split(" | ")[2] for line in text.splitlines() if line.startswith("| cr")] == [
+        "2.00 ± 0.00", "1.00 ± 0.00",
+    ]  # fmt: skip
+    assert cells(text, "zcr")[-1] == "1.50 (one pair)"
+    names = {p.name for p in tmp_path.glob("*.svg")}
+    assert names == {f"s-some-set{more}-1min-fp32-9-budget.svg" for more in ("", "-width-64")}
 
 
 def test_a_ratio_is_that_of_pairs_with_students_interval():

@@ -174,7 +174,7 @@ def profile(path):
 def summary(part, code, seconds, log, work):
     """A row of the table: dict of what a part came to."""
     text = log.read_text(errors="replace").strip()
-    lines = text.splitlines() or [""]
+    lines = [m for m in text.splitlines() if str(work) not in m] or [""]  # gone by then
     telling = [m for m in lines if re.search(r"\d+ passed|\d+ failed|\bFID\b", m)]
     said = (telling or lines)[-1].strip(" =")[:160]
     row = {"part": part.name, "code": code, "seconds": round(seconds, 1), "said": said}

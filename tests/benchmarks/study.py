@@ -4,6 +4,7 @@
     python -m tests.benchmarks.study --minutes 3 --seeds 3 --subset 500   # the same on little data
     python -m tests.benchmarks.study --steps 4000 --methods lsgan,icr-.05 # equal updates of G
     python -m tests.benchmarks.study --minutes 1 --settings 16            # random hyper-parameters
+    python -m tests.benchmarks.study --steps 10000 --dataset cifar10 --add "--width 64"
     python -m tests.benchmarks.study --report                             # from the csv alone
 
 Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
@@ -94,7 +95,7 @@ OTHERS = {  # only where --methods names them: consistency on a share of the ima
 # the distance that the course behind this project reports, of its own digits and networks
 COURSE = {"lsgan": 26.58, "wgan_gp": 42.21, "icr-.03": 61.626, "icr-.05": 60.286, "icr-.1": 54.920}
 COURSE["icr-course"] = COURSE["icr-.03"]
-BASE = "lsgan"
+BASE, AGAIN = "lsgan", study_report.AGAIN
 REFERENCE_EVERY = 8  # runs
 # what a run can say last and be a result all the same; any other failure is one of the machine
 DIVERGED, LATE = "turned NaN or infinite", "had not ended after"
@@ -108,8 +109,12 @@ RANGES = {  # of --settings; an argument that a method's own command gives stays
     "sigma": lambda r, old: 10 ** r.uniform(-2, -0.5),
     "lambda_": lambda r, old: old * 10 ** r.uniform(-1, 1),  # every weight that is on
 }
+OURS = (  # arguments of every run that --add cannot give
+    "--dataset --subset --steps --max-minutes --seed --device --threads --precision --eval-every "
+    "--eval-samples --sample-every --data-dir --cache-dir --out-dir --quiet --resume"
+).split()
 SCORES = ("fid", "precision", "recall", "density", "coverage")
-KEY = ("dataset", "subset", "budget", "dtype", "n", "method", "setting", "seed")
+KEY = ("dataset", "subset", "budget", "dtype", "n", "added", "method", "setting", "seed")
 COLUMNS = (*KEY, "args", "steps", "images", "seconds", "features", *SCORES, "control", "failed")
 COLUMNS += ("torch", "date", "jobs", "wall", "evaluations", "samples")
 
@@ -127,11 +132,11 @@ def drawn(words, k):
     """Arguments of the k-th random setting of a method's command, as words; none for k = 0."""
     if not k:
         return []
-    found = []
+    found, given = [], [word.split("=")[0] for word in words]
     for key, old in vars(arguments_of(words)).items():
         rule = RANGES["lambda_"] if key.startswith("lambda_") and old else RANGES.get(key)
         flag = "--" + key.replace("_", "-")
-        if rule and flag not in words:
+        if rule and flag not in given:
             # by the argument, not the method: all that have it get the same
             found += [flag, f"{rule(random.Random(f'{key} {k}'), old):.4g}"]
     return found
@@ -143,11 +148,12 @@ def listed(a):
 
     def add(method, command, seed, setting):
         words = shlex.split(command)
-        extra = [] if method == "reference" else drawn(words, setting)
+        extra = [] if method == AGAIN else drawn(words + shlex.split(a.add), setting)
         data = words[words.index("--dataset") + 1] if "--dataset" in words else a.dataset
         budget = f"{a.minutes:g} min" if a.minutes else f"{a.steps} steps"
-        key = dict(zip(KEY, (data, a.subset, budget, a.precision, a.n, method, setting, seed)))
-        jobs.append({k: str(v) for k, v in key.items()} | {"args": shlex.join(words + extra)})
+        same = data, a.subset, budget, a.precision, a.n, a.add
+        key = {k: str(v) for k, v in zip(KEY, (*same, method, setting, seed), strict=True)}
+        jobs.append(key | {"args": shlex.join(words + extra)})
 
     done = 0
     for seed in range(a.first_seed, a.first_seed + a.seeds):
@@ -156,7 +162,7 @@ def listed(a):
                 if done % REFERENCE_EVERY == 0 and not a.no_reference:
                     # named by its place, so that a longer study has more of them
                     place = f"before-{name}-{setting}-{seed}"
-                    add("reference", METHODS[BASE], 0, place)
+                    add(AGAIN, METHODS[BASE], 0, place)
                 add(name, methods[name], seed, setting)
                 done += 1
     return jobs
@@ -177,16 +183,16 @@ class Study:
         self.running, self.lock, self.stopping = set(), threading.RLock(), False
         self.scoring, self.scored = threading.Lock(), False
         self.signum = None  # of the signal that stopped it
-        self.rates = {}  # updates of G per second by data and method, of default runs
+        self.rates = {}  # updates of G per second by data, added and method, of default runs
         self.rows = load(path)
         for row in self.rows:
             self._learn(row)
 
     def _learn(self, row):
-        default = row["setting"] == "0" or row["method"] == "reference"
+        default = row["setting"] == "0" or row["method"] == AGAIN
         if row["steps"] and default and row["dtype"] == self.a.precision:
             rate = int(row["steps"]) / max(1e-9, float(row["seconds"]))
-            self.rates[row["dataset"], row["method"]] = rate
+            self.rates[row["dataset"], row["added"], row["method"]] = rate
 
     def command(self, *words, limit=None):
         """(exit code, stdout, the last line of stderr) of a Python process, which stop() ends."""
@@ -260,11 +266,12 @@ class Study:
         words += ["--seed", job["seed"], "--out-dir", str(out)]
         words += [] if "--dataset" in words else ["--dataset", a.dataset]
         words += ["--subset", str(a.subset)] if a.subset else []
+        words += shlex.split(job["added"])
         if a.evals == 1:
             return [*words, "--eval-every", "0"]
-        data, method = job["dataset"], job["method"]
-        guess = self.rates.get((data, "reference"), 30) / 2  # a method's first run has no rate yet
-        steps = a.steps or 60 * a.minutes * self.rates.get((data, method), guess)
+        known = job["dataset"], job["added"]
+        guess = self.rates.get((*known, AGAIN), 30) / 2  # a method's first run has no rate yet
+        steps = a.steps or 60 * a.minutes * self.rates.get((*known, job["method"]), guess)
         return [*words, "--eval-every", str(max(1, math.ceil(steps / a.evals)))]
 
     def run(self, job):
@@ -290,7 +297,7 @@ class Study:
                 (folder,) = out.iterdir()
                 row |= finished(folder) | {"control": self.control(str(folder), job["dataset"])}
                 shown = job["seed"] == str(a.first_seed) and job["setting"] == "0"
-                if shown and job["method"] != "reference":
+                if shown and job["method"] != AGAIN:
                     row["samples"] = first_samples(folder)
             if self.stopping:
                 return
@@ -360,7 +367,7 @@ def score(folder, a):
 
 def load(path):
     csv.field_size_limit(2**24)  # samples are long
-    return files.read_csv(path, "seed")
+    return [{"added": ""} | row for row in files.read_csv(path, "seed")]  # older files lack it
 
 
 @contextlib.contextmanager
@@ -451,6 +458,7 @@ def arguments(argv):
         ("--subset", {"type": int, "default": 0}, "train on only that many images [0: all]"),
         ("--methods", {}, f"of {', '.join([*METHODS, *OTHERS])} [all but the last {len(OTHERS)}]"),
         ("--dataset", {"default": "mnist"}, "of all of them [mnist]"),
+        ("--add", {"default": ""}, "more arguments of each run, as one word: --add='--width 64'"),
         ("--precision", {"default": "fp32", "choices": ["fp32", "bf16"]}, "of all of them [fp32]"),
         ("--jobs", {"type": int, "default": 1}, "trainings at once [1]"),
         ("--deadline", {"type": float}, "end then, in minutes; what trains is lost"),
@@ -490,6 +498,13 @@ def arguments(argv):
     if a.settings and (own := [m for m in a.methods if "--dataset" in (METHODS | OTHERS)[m]]):
         raise ValueError(f"--settings compares by one distance; {own[0]} has scores of its own")
     a.seeds = a.seeds or (1 if a.settings else 3)
+    more = shlex.split(a.add)
+    for word in more:
+        if word.split("=")[0] in OURS:
+            raise ValueError(f"--add has {word}, which the study gives itself")
+    for name in a.methods if more else ():  # ValueError where its script does not take it
+        arguments_of([*shlex.split((METHODS | OTHERS)[name]), *more])
+    a.add = shlex.join(more)
     return a
 
 

@@ -19,6 +19,7 @@ COLORS = (
 ).split()
 DRAWS = 1000  # of a bootstrap
 AGAIN = "reference"
+GREY_DIGITS = "mnist", "digits"  # the course's figures are of such
 FAILED = 5000.0  # the distance that a setting counts with that diverged: noise comes near it
 T95 = (  # quantiles of Student's t at .975, by degrees of freedom from 1; the last stands for more
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -310,7 +311,8 @@ def table(methods, course, base):
         cost = ratio(methods.get(base, []), rows, speed)
         cells.append(f"{cost[0]:.2f}" if cost else "-")
         far = ratio(rows, methods.get(base, []), fid) if name != base else None
-        cells.append("{:.2f} ({:.2f} to {:.2f})".format(*far) if far else "-")
+        form = "{:.2f} (one pair)" if far and math.isinf(far[2]) else "{:.2f} ({:.2f} to {:.2f})"
+        cells.append(form.format(*far) if far else "-")
         cells += [f"{course[name]:.1f}" if name in course else ""] * told
         lines.append(cells)
     return [row_text(cells) for cells in lines]
@@ -465,10 +467,12 @@ def report(rows, stem, known, course, base):
     own = [r for r in rows if r["setting"] == "0" and r["method"] != AGAIN]
     old = {r["method"] for r in own if r["args"] != known.get(r["method"])}
     text += ["", f"By other arguments than today's: {', '.join(sorted(old))}."] * bool(old) + [""]
-    groups = by(rows, "dataset", "subset", "budget", "dtype", "n")
-    for (dataset, subset, budget, dtype, n), group in groups.items():
+    groups = by(rows, "dataset", "added", "subset", "budget", "dtype", "n")
+    for (dataset, added, subset, budget, dtype, n), group in groups.items():
         images = f"{dataset}-{subset}" if subset != "0" else dataset
-        name = f"{stem.name}-{images}-{budget.replace(' ', '')}-{dtype}-{n}"
+        # a dataset can be a path
+        data = re.sub(r"[^\w.]+", "-", f"{images} {added}").strip("-")
+        name = f"{stem.name}-{data}-{budget.replace(' ', '')}-{dtype}-{n}"
 
         def picture(kind, data, name=name):
             path = stem.with_name(f"{name}-{kind}")
@@ -477,6 +481,8 @@ def report(rows, stem, known, course, base):
 
         images = f"{subset} images of {dataset}" if subset != "0" else dataset
         what = f"{images}, {budget} each, {dtype}, up to {n} samples"
-        text += group_text(group, course, base, what, picture)
+        what += f", {added}" if added else ""
+        told = course if dataset in GREY_DIGITS else {}
+        text += group_text(group, told, base, what, picture)
     files.write_atomic(stem.with_name(f"{stem.name}.md"), "\n".join(text).encode())
     return "\n".join(text)
