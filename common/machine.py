@@ -37,8 +37,9 @@ def exact():
 def fused(args):
     """Whether --impl means the package kernels; ValueError where they cannot run.
 
-    auto: on a GPU with triton, where whole updates take .91 (icr_gan) and .96 (cn_lsgan) of the
-    time of the plain functions, as graphs in bf16 on an H200 (tests/benchmarks/README.md).
+    auto: on a GPU with triton, where whole updates take .89 (icr_gan), .96 (cn_lsgan) and .98
+    (wgan_gp) of the time of the plain functions, as graphs in bf16 on an H100
+    (tests/benchmarks/README.md).
     """
     if args.impl == "auto":
         cuda = device_of(args.device).type == "cuda"

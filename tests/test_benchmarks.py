@@ -187,6 +187,18 @@ def test_what_a_study_cannot_add_is_told_before_it_trains(word, why):
         arguments("--methods", "lsgan", f"--add={word}")
 
 
+def test_equal_time_is_not_filled_up_on_another_machine(tmp_path):
+    words = "--methods lsgan --no-reference --seeds 1 --dry-run --csv".split()
+    path = tmp_path / "study.csv"
+    study.save(path, [made_up("cr", 0, 1, machine="Some CPU"), made_up("cr", 1, 1)])
+    with pytest.raises(ValueError, match="on Some CPU, .*--csv"):
+        study.main(["--minutes", "1", *words, str(path)])
+    study.main(["--minutes", "2", *words, str(path)])  # of another cost, and by the update
+    study.main(["--steps", "9", *words, str(path)])
+    study.save(path, [made_up("cr", 0, 1, machine=study.chip("cpu"))])
+    study.main(["--minutes", "1", *words, str(path)])
+
+
 def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
     path = tmp_path / "study.csv"
     words = ["-m", "tests.benchmarks.study", "--steps", "3", "--methods", "lsgan", "--n", "64"]

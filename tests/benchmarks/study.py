@@ -10,7 +10,7 @@
 Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
 --jobs N of them train at once. A row of the csv is a run that has ended or diverged: it is not made
 again, so a study that was interrupted goes on, and a second one adds to it. Equal time is equal on
-one machine alone: the csv in results/ is of one, so give --csv FILE on yours. lsgan with seed 0 is
+one machine alone: with --minutes another one wants a --csv FILE of its own. lsgan with seed 0 is
 trained again after every few runs, as `reference`, which shows the machine's part in a spread.
 
 --settings K: K random draws of the hyper-parameters from RANGES; draw k of an argument is the same
@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import shlex
@@ -116,7 +117,7 @@ OURS = (  # arguments of every run that --add cannot give
 SCORES = ("fid", "precision", "recall", "density", "coverage")
 KEY = ("dataset", "subset", "budget", "dtype", "n", "added", "method", "setting", "seed")
 COLUMNS = (*KEY, "args", "steps", "images", "seconds", "features", *SCORES, "control", "failed")
-COLUMNS += ("torch", "date", "jobs", "wall", "evaluations", "samples")
+COLUMNS += ("torch", "date", "machine", "jobs", "wall", "evaluations", "samples")
 
 
 # ---- what is to be done ----------------------------------------------------------------------
@@ -291,6 +292,7 @@ class Study:
                 return
             row = dict.fromkeys(COLUMNS, "") | job
             row |= {"torch": torch.__version__, "date": f"{date.today()}", "jobs": a.jobs}
+            row["machine"] = chip(a.device)
             if failed:
                 row["failed"] = failed
             else:
@@ -326,6 +328,17 @@ class Study:
         told = ", ".join(f"{k} {row[k]}" for k in ("steps", "fid", "control") if row[k])
         name = f"{row['method']} setting {row['setting']} seed {row['seed']}"
         terminal.note(f"{name}: {row['failed'] or told}")
+
+
+def chip(device):
+    """The name of the GPU, else that of the CPU; of no name what kind it is."""
+    device = machine.device_of(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux alone has it
+        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def finished(folder):
@@ -367,7 +380,7 @@ def score(folder, a):
 
 def load(path):
     csv.field_size_limit(2**24)  # samples are long
-    return [{"added": ""} | row for row in files.read_csv(path, "seed")]  # older files lack it
+    return [{"added": "", "machine": ""} | row for row in files.read_csv(path, "seed")]
 
 
 @contextlib.contextmanager
@@ -399,6 +412,12 @@ def train(a, path):
     todo = [j for j in jobs if key_of(j) not in have]
     if not todo:
         return True
+    theirs = {r["machine"] for r in load(path) if a.minutes and r["budget"] == todo[0]["budget"]}
+    if others := theirs - {"", chip(a.device)}:
+        raise ValueError(
+            f"{path} has runs of as many minutes on {', '.join(sorted(others))}, to which none of "
+            f"{chip(a.device)} compares: give --csv FILE"
+        )
 
     out_dir = Path(a.out_dir)
     study = Study(a, path, out_dir)
@@ -515,7 +534,7 @@ def main(argv=None):
     if a.score is not None:
         return score(a.score, a)
     device = machine.device_of(a.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = chip(a.device) if device.type == "cuda" else "cpu"
     name = re.sub(r"\W+", "-", name).strip("-").lower()
     path = Path(a.csv or Path(__file__).parent / "results" / f"study-{name}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -459,6 +459,8 @@ def report(rows, stem, known, course, base):
     stem = Path(stem)
     dates = sorted(r["date"] for r in rows)
     about = f"torch {', '.join(sorted({r['torch'] for r in rows}))}, {dates[0]} to {dates[-1]}"
+    chips = sorted({r["machine"] for r in rows} - {""})
+    about += f", {', '.join(chips)}" if chips else ""
     jobs = max(int(r["jobs"]) for r in rows)
     text = [f"`python -m tests.benchmarks.study --report`: {len(rows)} runs, {about}, "]
     text[0] += f"one thread each, up to {jobs} at once. Means and standard deviations over seeds; "
