@@ -147,7 +147,7 @@ def parse(cls, argv=None, doc=""):
         if typing.get_origin(kind) is typing.Literal:
             metavar, kind = "|".join(typing.get_args(kind)), str
         groups[group].add_argument(flag, metavar=metavar, help=text, type=_bare(kind))
-    given = vars(parser.parse_args(_one_spelling(sys.argv[1:] if argv is None else argv)))
+    given = vars(parser.parse_args(one_spelling(sys.argv[1:] if argv is None else argv)))
     if "resume" in given:
         return resume(given.pop("resume"), cls, **given)
     args = cls(**given)
@@ -174,7 +174,7 @@ def _described(cls):
     return rows + [(group, f, "") for f in fields.values()]
 
 
-def _one_spelling(argv):
+def one_spelling(argv):
     """The command line with --lambda_gp as --lambda-gp, and negative numbers tied to their flag."""
     words = []
     for word in argv:

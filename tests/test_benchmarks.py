@@ -169,34 +169,55 @@ def test_random_settings_are_shared_by_the_methods_vary_and_keep_what_each_is():
 def test_what_is_added_reaches_every_run_and_makes_it_another(tmp_path):
     words = "--methods lsgan,icr-half --seeds 1 --no-reference".split()
     plain, wide = (study.listed(arguments(*words, *more)) for more in ([], ["--add=--width  64"]))
-    assert {j["added"] for j in wide} == {"--width 64"}
+    assert {j["added"] for j in wide} == {"--width=64"}  # whichever way it is written
+    assert wide == study.listed(arguments(*words, "--add", "--width=64 "))
     assert not {study.key_of(j) for j in plain} & {study.key_of(j) for j in wide}
     made = study.Study(arguments(), tmp_path / "study.csv", tmp_path)
     for job in wide:
         assert study.arguments_of(made.words_of(job, tmp_path)).width == 64
-    drawn = study.drawn(["lsgan.py", "--width=64"], 1)
-    assert "--width" not in drawn and "--lr" in drawn
+    some = "--methods lsgan --settings 1 --no-reference --add=--lr_decay".split()
+    (job,) = study.listed(arguments(*some[:-1], some[-1] + " 0"))
+    assert "--lr-decay" not in job["args"] and "--beta1" in job["args"]
 
 
 @pytest.mark.parametrize(
-    "word, why",
-    [("--seed 1", "gives itself"), ("--dataset=digits", "gives itself"), ("--sigma 1", "--sigma")],
+    "methods, word, why",
+    [
+        ("lsgan", "--seed 1", "--seed, which the study gives"),
+        ("lsgan", "--dataset=digits", "--dataset, which the study gives"),
+        ("lsgan", "--eval_samples 9", "--eval-samples, which the study gives"),
+        ("icr-half", "--consistency-share 1", "--consistency-share, which icr-half gives"),
+        ("icr-half", "--sigma 1", "--add: lsgan does not take --sigma 1"),  # the reference run
+        ("lsgan", "--width '8", "--add: No closing quotation"),
+    ],
 )
-def test_what_a_study_cannot_add_is_told_before_it_trains(word, why):
+def test_what_a_study_cannot_add_is_told_before_it_trains(methods, word, why):
     with pytest.raises(ValueError, match=why):
-        arguments("--methods", "lsgan", f"--add={word}")
+        arguments("--methods", methods, f"--add={word}")
+
+
+def test_a_csv_of_before_there_were_those_columns_is_read(tmp_path):
+    a = arguments("--methods", "lsgan", "--seeds", "1", "--no-reference")
+    (job,) = study.listed(a)
+    row = dict.fromkeys(study.COLUMNS, "") | job
+    path = tmp_path / "study.csv"
+    old = [c for c in study.COLUMNS if c not in ("added", "machine")]
+    path.write_text(f"{','.join(old)}\n{','.join(row[c] for c in old)}\n")
+    assert study.train(a, path)  # it is done
+    assert study.load(path) == [row]
 
 
 def test_equal_time_is_not_filled_up_on_another_machine(tmp_path):
     words = "--methods lsgan --no-reference --seeds 1 --dry-run --csv".split()
     path = tmp_path / "study.csv"
     study.save(path, [made_up("cr", 0, 1, machine="Some CPU"), made_up("cr", 1, 1)])
-    with pytest.raises(ValueError, match="on Some CPU, .*--csv"):
-        study.main(["--minutes", "1", *words, str(path)])
-    study.main(["--minutes", "2", *words, str(path)])  # of another cost, and by the update
-    study.main(["--steps", "9", *words, str(path)])
+    words += [str(path), "--precision", "fp32", "--n", "9"]
+    with pytest.raises(ValueError, match="on Some CPU, an unnamed machine, .*--csv"):
+        study.main(["--minutes", "1", *words])
+    for more in (["--minutes", "2"], ["--steps", "9"], ["--minutes", "1", "--subset", "100"]):
+        study.main([*more, *words])
     study.save(path, [made_up("cr", 0, 1, machine=study.chip("cpu"))])
-    study.main(["--minutes", "1", *words, str(path)])
+    study.main(["--minutes", "1", *words])
 
 
 def test_a_study_ends_goes_on_where_it_was_and_reports_from_its_csv(tmp_path):
@@ -234,6 +255,7 @@ def test_a_run_that_diverges_is_a_row_and_one_that_the_machine_ended_is_not(tmp_
     made.run({**job, "args": "lsgan.py --lr 1e30"})
     (row,) = study.load(tmp_path / "study.csv")
     assert "turned NaN" in row["failed"] and (row["steps"], row["fid"]) == ("", "")
+    assert row["machine"] == study.chip("cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["study.csv"]
     made.run(job)  # by now another study has a row of that key
     assert study.load(tmp_path / "study.csv") == [row]
@@ -389,17 +411,20 @@ def report(rows, folder):
 
 def test_a_set_at_a_path_and_what_was_added_have_pictures_and_a_table_of_their_own(tmp_path):
     rows = [made_up(m, s, 2, dataset="some/set") for m in ("lsgan", "cr") for s in (0, 1)]
-    rows += [r | {"added": "--width 64", "fid": "1.0"} for r in rows]
+    rows += [r | {"added": "--width=64", "fid": "1.0"} for r in rows]
     rows.append(made_up("zcr", 1, 3, dataset="some/set"))
     text = report(rows, tmp_path)
     assert "course" not in text  # whose figures are of digits
-    assert "## some/set, 1 min each, fp32, up to 9 samples, --width 64" in text
+    assert "## some/set, 1 min each, fp32, up to 9 samples, --width=64" in text
     assert [line.split(" | ")[2] for line in text.splitlines() if line.startswith("| cr")] == [
         "2.00 ± 0.00", "1.00 ± 0.00",
     ]  # fmt: skip
     assert cells(text, "zcr")[-1] == "1.50 (one pair)"
     names = {p.name for p in tmp_path.glob("*.svg")}
     assert names == {f"s-some-set{more}-1min-fp32-9-budget.svg" for more in ("", "-width-64")}
+    (tmp_path / "two").mkdir()
+    report([*rows, *(r | {"dataset": "some-set"} for r in rows[:4])], tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("*.svg"))) == 3  # none over another
 
 
 def test_a_ratio_is_that_of_pairs_with_students_interval():
@@ -533,22 +558,25 @@ def test_parts_fail_and_run_out_of_time_without_the_rest(tmp_path, monkeypatch):
     def parts(cuda, a, work):
         result = f"{work}/x.json"
         code = f"open({result!r}, 'w').write('{{}}'); print('3 passed')"
+        gone = f"print('error: no', {result!r}); print({result!r})"
         return [
             gpu.Part("fails", ["-c", "raise SystemExit('no such thing')"], 0.5),
+            gpu.Part("names its folder", ["-c", gone], 0.5),
             gpu.Part("hangs", ["-c", "import time; time.sleep(100)"], 0.02),
             gpu.Part("works", ["-c", code], 0.5, result),
         ], ["a note"]
 
     monkeypatch.setattr(gpu, "parts", parts)
     rows = gpu.main(["--minutes", "1", "--out", str(tmp_path)])
-    assert [r["code"] for r in rows] == [1, "limit", 0]
-    assert rows[0]["said"] == "no such thing" and rows[2]["said"] == "3 passed"
+    assert [r["code"] for r in rows] == [1, 0, "limit", 0]
+    said = [r["said"] for r in rows]
+    assert said == ["no such thing", "error: no FOLDER/x.json", "", "3 passed"]
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["parts"] == rows and kept["notes"] == ["a note"]
     assert {p.name for p in tmp_path.iterdir()} == {"gpu.json", "table.txt", "logs.tar.gz"}
 
 
-def test_the_parts_of_a_cpu_and_of_a_gpu_fit_their_time_and_commands(tmp_path):
+def test_the_parts_of_a_cpu_and_of_a_gpu_are_commands_that_are_taken(tmp_path):
     a = gpu.arguments(["--data-dir", str(tmp_path)])
     for cuda in (False, True):
         parts, notes = gpu.parts(cuda, a, tmp_path)

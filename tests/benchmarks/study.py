@@ -4,7 +4,7 @@
     python -m tests.benchmarks.study --minutes 3 --seeds 3 --subset 500   # the same on little data
     python -m tests.benchmarks.study --steps 4000 --methods lsgan,icr-.05 # equal updates of G
     python -m tests.benchmarks.study --minutes 1 --settings 16            # random hyper-parameters
-    python -m tests.benchmarks.study --steps 10000 --dataset cifar10 --add "--width 64"
+    python -m tests.benchmarks.study --steps 10000 --dataset cifar10 --add="--width 64"
     python -m tests.benchmarks.study --report                             # from the csv alone
 
 Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
@@ -115,7 +115,8 @@ OURS = (  # arguments of every run that --add cannot give
     "--eval-samples --sample-every --data-dir --cache-dir --out-dir --quiet --resume"
 ).split()
 SCORES = ("fid", "precision", "recall", "density", "coverage")
-KEY = ("dataset", "subset", "budget", "dtype", "n", "added", "method", "setting", "seed")
+GROUP = study_report.GROUP  # what a table is of
+KEY = (*GROUP, "method", "setting", "seed")
 COLUMNS = (*KEY, "args", "steps", "images", "seconds", "features", *SCORES, "control", "failed")
 COLUMNS += ("torch", "date", "machine", "jobs", "wall", "evaluations", "samples")
 
@@ -152,8 +153,8 @@ def listed(a):
         extra = [] if method == AGAIN else drawn(words + shlex.split(a.add), setting)
         data = words[words.index("--dataset") + 1] if "--dataset" in words else a.dataset
         budget = f"{a.minutes:g} min" if a.minutes else f"{a.steps} steps"
-        same = data, a.subset, budget, a.precision, a.n, a.add
-        key = {k: str(v) for k, v in zip(KEY, (*same, method, setting, seed), strict=True)}
+        group = data, a.add, a.subset, budget, a.precision, a.n
+        key = {k: str(v) for k, v in zip(KEY, (*group, method, setting, seed), strict=True)}
         jobs.append(key | {"args": shlex.join(words + extra)})
 
     done = 0
@@ -167,6 +168,10 @@ def listed(a):
                 add(name, methods[name], seed, setting)
                 done += 1
     return jobs
+
+
+def same(one, other, *columns):
+    return all(str(one[c]) == str(other[c]) for c in columns)
 
 
 def key_of(row):
@@ -239,6 +244,8 @@ class Study:
             return  # image to image alone, which must not ask for mnist
         out = str(self.out_dir / "first")
         words = ["--steps", "1", "--dataset", self.a.dataset, "--eval-every", "0", "--out-dir", out]
+        with contextlib.suppress(ValueError):  # a larger image has a cache of its own
+            words += more_arguments(self.a.add, [BASE])
         code, _, said = self.command("lsgan.py", *self.shared(), *words)
         if code and not self.stopping:
             raise cli.Diverged(f"a first step of lsgan.py failed: {said}")
@@ -311,9 +318,9 @@ class Study:
                 shutil.move(folder, self.out_dir / name)
             shutil.rmtree(out, ignore_errors=True)
 
-    def left(self, n, budget):
-        """How long n more runs take, in words."""
-        alike = [r for r in self.rows if r["wall"] and r["budget"] == budget]
+    def left(self, n, job):
+        """How long n more runs like this one take, in words."""
+        alike = [r for r in self.rows if r["wall"] and same(r, job, "dataset", "budget", "added")]
         found, minutes = [float(r["wall"]) for r in alike[-20:]], self.a.minutes
         each = statistics.mean(found) if found else 60 * minutes + 30 if minutes else 120
         return f"{each * math.ceil(n / self.a.jobs) / 60:.0f} min"
@@ -412,8 +419,8 @@ def train(a, path):
     todo = [j for j in jobs if key_of(j) not in have]
     if not todo:
         return True
-    theirs = {r["machine"] for r in load(path) if a.minutes and r["budget"] == todo[0]["budget"]}
-    if others := theirs - {"", chip(a.device)}:
+    beside = [r for r in load(path) if a.minutes and same(r, todo[0], *GROUP)]
+    if others := {r["machine"] or "an unnamed machine" for r in beside} - {chip(a.device)}:
         raise ValueError(
             f"{path} has runs of as many minutes on {', '.join(sorted(others))}, to which none of "
             f"{chip(a.device)} compares: give --csv FILE"
@@ -422,7 +429,7 @@ def train(a, path):
     out_dir = Path(a.out_dir)
     study = Study(a, path, out_dir)
     done = f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path}"
-    terminal.note(f"{done}; the others take about {study.left(len(todo), todo[0]['budget'])}")
+    terminal.note(f"{done}; the others take about {study.left(len(todo), todo[0])}")
     if a.dry_run:
         for j in todo:
             name = f"{j['method']:12} setting {j['setting']} seed {j['seed']}"
@@ -452,7 +459,7 @@ def work(study, todo):
                 for d in done:
                     d.result()
                 told = f"{len(todo) - len(running)}/{len(todo)} runs"
-                left = study.left(len(running), todo[0]["budget"])
+                left = study.left(len(running), todo[0])
                 terminal.progress(f"study: {told}, about {left} left")
                 if a.deadline and time.monotonic() - began > 60 * a.deadline:
                     study.stop()
@@ -464,6 +471,31 @@ def work(study, todo):
 
 
 # ---- the command -----------------------------------------------------------------------------
+
+
+def more_arguments(text, methods):
+    """What --add says as words, --flag=value each; ValueError for what cannot be added."""
+    try:
+        words = cli.one_spelling(shlex.split(text))
+    except ValueError as e:
+        raise ValueError(f"--add: {e}: {text}") from None
+    found = []
+    for word in words:
+        if found and not word.startswith("--") and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    for name in methods:
+        command = shlex.split((METHODS | OTHERS)[name])
+        for flag in (word.split("=")[0] for word in found):
+            if flag in OURS or flag in command:
+                whose = "the study" if flag in OURS else name
+                raise ValueError(f"--add has {flag}, which {whose} gives itself")
+        try:
+            arguments_of([*command, *found])
+        except ValueError as e:
+            raise ValueError(f"--add: {name} does not take {text}: {e}") from None
+    return found
 
 
 def arguments(argv):
@@ -517,13 +549,8 @@ def arguments(argv):
     if a.settings and (own := [m for m in a.methods if "--dataset" in (METHODS | OTHERS)[m]]):
         raise ValueError(f"--settings compares by one distance; {own[0]} has scores of its own")
     a.seeds = a.seeds or (1 if a.settings else 3)
-    more = shlex.split(a.add)
-    for word in more:
-        if word.split("=")[0] in OURS:
-            raise ValueError(f"--add has {word}, which the study gives itself")
-    for name in a.methods if more else ():  # ValueError where its script does not take it
-        arguments_of([*shlex.split((METHODS | OTHERS)[name]), *more])
-    a.add = shlex.join(more)
+    trained = [*a.methods, *([] if a.no_reference else [BASE])]
+    a.add = shlex.join(more_arguments(a.add, trained)) if a.add else ""
     return a
 
 

@@ -18,6 +18,7 @@ COLORS = (
     "#0b3c5d #b8860b #556b2f #8b0000 #4b0082 #20b2aa #ff1493 #708090"
 ).split()
 DRAWS = 1000  # of a bootstrap
+GROUP = ("dataset", "added", "subset", "budget", "dtype", "n")  # what a table is of
 AGAIN = "reference"
 GREY_DIGITS = "mnist", "digits"  # the course's figures are of such
 FAILED = 5000.0  # the distance that a setting counts with that diverged: noise comes near it
@@ -389,7 +390,7 @@ def disagreements(methods):
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             found = [ratio(both[one], both[other], value) for value in (fid, control)]
-            if None in found:
+            if None in found or math.isinf(found[0][2]):  # one pair has no spread
                 continue
             pairs += 1
             if (found[0][0] - 1) * (found[1][0] - 1) < 0:
@@ -429,7 +430,11 @@ def group_text(rows, course, base, what, picture):
         text += [*own_scores(own), ""]
     elif own:
         text += [*table(own, course, base), ""]
-        text += [*differences(own, base), *disagreements(own), *repeats(rows), ""]
+        text += [*differences(own, base), *disagreements(own), *repeats(rows)]
+        crowd = max(int(r["jobs"]) for r in done) if done else 1
+        if crowd > 1:
+            text.append(f"- up to {crowd} trained at once, which slows each: costs are of that")
+        text.append("")
         if svg := budget_chart(f"Smallest distance, {what}", own):
             text += [picture("budget.svg", svg.encode()), ""]
     if sheet := samples_sheet(own):
@@ -459,8 +464,7 @@ def report(rows, stem, known, course, base):
     stem = Path(stem)
     dates = sorted(r["date"] for r in rows)
     about = f"torch {', '.join(sorted({r['torch'] for r in rows}))}, {dates[0]} to {dates[-1]}"
-    chips = sorted({r["machine"] for r in rows} - {""})
-    about += f", {', '.join(chips)}" if chips else ""
+    about += f", {', '.join(sorted({r['machine'] or 'an unnamed machine' for r in rows}))}"
     jobs = max(int(r["jobs"]) for r in rows)
     text = [f"`python -m tests.benchmarks.study --report`: {len(rows)} runs, {about}, "]
     text[0] += f"one thread each, up to {jobs} at once. Means and standard deviations over seeds; "
@@ -469,12 +473,14 @@ def report(rows, stem, known, course, base):
     own = [r for r in rows if r["setting"] == "0" and r["method"] != AGAIN]
     old = {r["method"] for r in own if r["args"] != known.get(r["method"])}
     text += ["", f"By other arguments than today's: {', '.join(sorted(old))}."] * bool(old) + [""]
-    groups = by(rows, "dataset", "added", "subset", "budget", "dtype", "n")
-    for (dataset, added, subset, budget, dtype, n), group in groups.items():
+    names = set()
+    for (dataset, added, subset, budget, dtype, n), group in by(rows, *GROUP).items():
         images = f"{dataset}-{subset}" if subset != "0" else dataset
         # a dataset can be a path
         data = re.sub(r"[^\w.]+", "-", f"{images} {added}").strip("-")
         name = f"{stem.name}-{data}-{budget.replace(' ', '')}-{dtype}-{n}"
+        name += f"-{len(names)}" if name in names else ""  # a/b beside a-b
+        names.add(name)
 
         def picture(kind, data, name=name):
             path = stem.with_name(f"{name}-{kind}")
