@@ -15,8 +15,8 @@ Effect   x is drawn independently of z, so with m = E[x] and d pixels the constr
 Differs  1. The course gives no weights: lambda_gp is the best of 0.1, 1 and 10 at target 1;
          2. D has no normalisation beside the penalty; 3. otherwise as lsgan.py.
 Reached  FID (lenet) 8.49 +- .83, 3 seeds, H200: python cn_lsgan.py --dataset mnist --precision bf16
-         and 2.74 +- .19, 3 seeds, H100, with --gp-target 0 --lambda-gp 10 --lambda-rec 0; there LSGAN,
-         which three pairs do not tell from it, 3.29 +- .50.
+         and with --gp-target 0 --lambda-gp 10 --lambda-rec 0, 3 seeds, H100, 2.74 +- .19; LSGAN
+         there 3.29 +- .50, which three pairs do not tell from it.
 Run      python cn_lsgan.py                                # built-in digits
          python cn_lsgan.py --dataset mnist --gp-target 0 --lambda-gp 10 --lambda-rec 0
 Use      from cn_lsgan import gradient_penalty, reconstruction_constraint    # needs torch only
