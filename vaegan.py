@@ -340,10 +340,9 @@ def updates(nets, args):
         if adversary:
             todo.append((opt_d, d, dis_loss(d_real, d_rec, d_prior)))
 
-        for _, net, loss in todo:  # of its own network alone, all at the weights of the forward
-            grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
-            for p, grad in zip(net.parameters(), grads):
-                p.grad = grad
+        for opt, net, loss in todo:  # of its own network alone, all at the weights of the forward
+            opt.zero_grad()
+            loss.backward(inputs=list(net.parameters()), retain_graph=True)
         for opt, _, _ in todo:
             opt.step()
         t.add_(1)
