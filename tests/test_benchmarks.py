@@ -409,6 +409,29 @@ def report(rows, folder):
     return study_report.report(rows, folder / "s", study.METHODS, study.COURSE, "lsgan")
 
 
+def test_ratios_pair_runs_of_one_seed_from_several_files(tmp_path, capsys):
+    rows = [made_up("lsgan", s, 4, machine=m) for s in (0, 1) for m in ("one", "other")]
+    rows += [made_up("cr", 0, 2, machine="one"), made_up("cr", 1, 8, machine="other", seconds="8")]
+    rows += [made_up("zcr", 0, 5, machine="third"), made_up("bcr", 7, 5, machine="one")]
+    names = []
+    for name in ("one", "other", "third"):
+        names.append(str(tmp_path / f"{name}.csv"))
+        study.save(tmp_path / f"{name}.csv", [r for r in rows if r["machine"] == name])
+    text = study.main(["--ratios", "lsgan", "--csv", ",".join(names)])
+    assert text in capsys.readouterr().out
+    low, high = (math.exp(s * 12.706 * math.log(2)) for s in (-1, 1))
+    found = cells(text, "cr")
+    assert found[:3] == ["cr", "2", f"1.00 ({low:.2f} to {high:.2f})"]
+    assert found[-2].startswith("2.00 (") and found[-1] == "0.50, 2.00"  # four times the seconds
+    assert "zcr" not in text and "bcr" not in text  # by the clock of another machine, of no seed
+    by_steps = [r | {"budget": "9 steps"} for r in rows]
+    found = cells(study_report.ratios(by_steps, "lsgan"), "zcr")
+    assert found[2] == "1.25 (one pair)" and found[-2] == "-"  # but for the cost
+    for names, why in (("gone.csv", "no runs"), (names[2], "no other method shares a seed")):
+        with pytest.raises(ValueError, match=why):
+            study.main(["--ratios", "lsgan", "--csv", names])
+
+
 def test_a_set_at_a_path_and_what_was_added_have_pictures_and_a_table_of_their_own(tmp_path):
     rows = [made_up(m, s, 2, dataset="some/set") for m in ("lsgan", "cr") for s in (0, 1)]
     rows += [r | {"added": "--width=64", "fid": "1.0"} for r in rows]

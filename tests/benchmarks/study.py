@@ -6,6 +6,7 @@
     python -m tests.benchmarks.study --minutes 1 --settings 16            # random hyper-parameters
     python -m tests.benchmarks.study --steps 10000 --dataset cifar10 --add="--width 64"
     python -m tests.benchmarks.study --report                             # from the csv alone
+    python -m tests.benchmarks.study --ratios lsgan --csv ONE,OTHER       # pair by pair
 
 Each run is a script's own command line with --threads 1 and one precision, in a process of its own;
 --jobs N of them train at once. A row of the csv is a run that has ended or diverged: it is not made
@@ -523,6 +524,7 @@ def arguments(argv):
         ("--out-dir", {"default": "runs"}, "where runs lie while they train [runs]"),
         ("--keep", {"action": "store_true"}, "leave them there"),
         ("--csv", {"metavar": "FILE"}, "[tests/benchmarks/results/study-DEVICE.csv]"),
+        ("--ratios", {"metavar": "METHOD"}, "train nothing: all over this one, pair by pair"),
         ("--report", {"action": "store_true"}, "train nothing: tables and pictures beside the csv"),
         ("--dry-run", {"action": "store_true"}, "say what is left to train"),
         ("--quiet", {"action": "store_true"}, "no progress on the terminal"),
@@ -534,7 +536,7 @@ def arguments(argv):
     for name in a.methods:
         if name not in METHODS | OTHERS:
             raise ValueError(f"--methods has {name}{cli.close_to(name, METHODS | OTHERS)}")
-    if not (a.report or a.score is not None) and bool(a.minutes) == bool(a.steps):
+    if not (a.report or a.ratios or a.score is not None) and bool(a.minutes) == bool(a.steps):
         raise ValueError("give --minutes or --steps, the cost of each run; or --report")
     limits = {"jobs": 1, "evals": 1, "n": 6, "settings": 0, "subset": 0, "first_seed": 0}
     for name, least in limits.items():
@@ -554,8 +556,24 @@ def arguments(argv):
     return a
 
 
+def over(base, paths):
+    """Print what the methods in some csv files are to base, on the runs of one seed."""
+    rows = []
+    for path in map(Path, paths):
+        found = load(path)
+        if not found:
+            raise ValueError(f"{path} has no runs yet")
+        rows += found
+    text = study_report.ratios(rows, base)
+    if not text:
+        where = ", ".join(map(str, paths))
+        raise ValueError(f"no other method shares a seed with {base} in {where}")
+    terminal.result(text)
+    return text
+
+
 def main(argv=None):
-    """Train or report; returns the path of the csv."""
+    """Train or report; returns the path of the csv, of --ratios their text."""
     a = arguments(argv)
     terminal.quiet = a.quiet
     if a.score is not None:
@@ -564,6 +582,8 @@ def main(argv=None):
     name = chip(a.device) if device.type == "cuda" else "cpu"
     name = re.sub(r"\W+", "-", name).strip("-").lower()
     path = Path(a.csv or Path(__file__).parent / "results" / f"study-{name}.csv")
+    if a.ratios:
+        return over(a.ratios, a.csv.split(",") if a.csv else [path])
     path.parent.mkdir(parents=True, exist_ok=True)
     complete = a.report or train(a, path)
     rows = load(path)

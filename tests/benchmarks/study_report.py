@@ -72,9 +72,7 @@ def ratio(rows, base, value):
     weighs by its factor, and a machine that slows meets both of a pair. None without a pair; of one
     pair the interval is all numbers.
     """
-    found = [{(r["seed"], r["setting"]): value(r) for r in runs} for runs in (rows, base)]
-    pairs = [(found[0][k], found[1][k]) for k in found[0] if k in found[1]]
-    logs = [math.log(one / other) for one, other in pairs if one and other]
+    logs = [math.log(one / other) for one, other in pairs(rows, base, value)]
     if not logs:
         return None
     mean, n = statistics.mean(logs), len(logs)
@@ -82,6 +80,17 @@ def ratio(rows, base, value):
         return math.exp(mean), 0.0, math.inf
     half = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(logs) / math.sqrt(n)
     return tuple(map(math.exp, (mean, mean - half, mean + half)))
+
+
+def pairs(rows, base, value):
+    """[(value of a run, that of the base's)] on one seed and setting; by the clock, one machine."""
+
+    def key(row):
+        clock = value is speed or row["budget"].endswith("min")
+        return row["seed"], row["setting"], clock and row["machine"]
+
+    ours, theirs = ({key(r): value(r) for r in runs} for runs in (rows, base))
+    return [(ours[k], theirs[k]) for k in ours if ours[k] and theirs.get(k)]
 
 
 def apart(found):
@@ -312,11 +321,38 @@ def table(methods, course, base):
         cost = ratio(methods.get(base, []), rows, speed)
         cells.append(f"{cost[0]:.2f}" if cost else "-")
         far = ratio(rows, methods.get(base, []), fid) if name != base else None
-        form = "{:.2f} (one pair)" if far and math.isinf(far[2]) else "{:.2f} ({:.2f} to {:.2f})"
-        cells.append(form.format(*far) if far else "-")
+        cells.append(interval(far))
         cells += [f"{course[name]:.1f}" if name in course else ""] * told
         lines.append(cells)
     return [row_text(cells) for cells in lines]
+
+
+def interval(found):
+    """Text of a ratio."""
+    if not found:
+        return "-"
+    form = "{:.2f} (one pair)" if math.isinf(found[2]) else "{:.2f} ({:.2f} to {:.2f})"
+    return form.format(*found)
+
+
+def ratios(rows, base):
+    """Text: each method over the base, pair by pair, in every score and the cost of an update."""
+    known = {"FID": fid, "control": control}
+    known |= {k: lambda row, k=k: number(row[k]) for k in SHARES}
+    lines, runs = [], [r for r in rows if r["setting"] == "0" and r["method"] != AGAIN]
+    for group, found in by(runs, *GROUP).items():
+        methods = {name: own for (name,), own in by(found, "method").items()}
+        theirs = methods.pop(base, [])
+        cells = [["method", "pairs", *known, "cost", "FID of each pair"]]
+        for name, own in methods.items():
+            each = [f"{a / b:.2f}" for a, b in pairs(own, theirs, fid)]
+            values_ = [interval(ratio(own, theirs, value)) for value in known.values()]
+            values_.append(interval(ratio(theirs, own, speed)))
+            cells += [[name, str(len(each)), *values_, ", ".join(each)]] * bool(each)
+        if len(cells) > 1:
+            cells.insert(1, ["---"] * len(cells[0]))
+            lines += [f"## {described(*group)}: over {base}", "", *map(row_text, cells), ""]
+    return "\n".join(lines)
 
 
 def settings_table(drawn, base):
@@ -456,6 +492,12 @@ def group_text(rows, course, base, what, picture):
     return text
 
 
+def described(dataset, added, subset, budget, dtype, n):
+    """What the runs of a GROUP have in common."""
+    images = f"{subset} images of {dataset}" if subset != "0" else dataset
+    return f"{images}, {budget} each, {dtype}, up to {n} samples{added and ', '}{added}"
+
+
 def report(rows, stem, known, course, base):
     """Write stem.md and the pictures it names; returns the text.
 
@@ -487,9 +529,7 @@ def report(rows, stem, known, course, base):
             files.write_atomic(path, data)
             return f"![]({path.name})"
 
-        images = f"{subset} images of {dataset}" if subset != "0" else dataset
-        what = f"{images}, {budget} each, {dtype}, up to {n} samples"
-        what += f", {added}" if added else ""
+        what = described(dataset, added, subset, budget, dtype, n)
         told = course if dataset in GREY_DIGITS else {}
         text += group_text(group, told, base, what, picture)
     files.write_atomic(stem.with_name(f"{stem.name}.md"), "\n".join(text).encode())
