@@ -189,6 +189,9 @@ def test_what_is_added_reaches_every_run_and_makes_it_another(tmp_path):
         ("icr-half", "--consistency-share 1", "--consistency-share, which icr-half gives"),
         ("icr-half", "--sigma 1", "--add: lsgan does not take --sigma 1"),  # the reference run
         ("lsgan", "--width '8", "--add: No closing quotation"),
+        ("lsgan", "--width 8 --width=9", "twice"),
+        ("lsgan", "-h", "-h follows no argument"),
+        ("lsgan", "--help", "--help, which the study gives"),
     ],
 )
 def test_what_a_study_cannot_add_is_told_before_it_trains(methods, word, why):
@@ -214,6 +217,9 @@ def test_equal_time_is_not_filled_up_on_another_machine(tmp_path):
     words += [str(path), "--precision", "fp32", "--n", "9"]
     with pytest.raises(ValueError, match="on Some CPU, an unnamed machine, .*--csv"):
         study.main(["--minutes", "1", *words])
+    mixed = ["--methods", "pix2pix,lsgan", "--minutes", "1"]  # of which the first is not of it
+    with pytest.raises(ValueError, match="Some CPU"):
+        study.main([*words, *mixed])
     for more in (["--minutes", "2"], ["--steps", "9"], ["--minutes", "1", "--subset", "100"]):
         study.main([*more, *words])
     study.save(path, [made_up("cr", 0, 1, machine=study.chip("cpu"))])
@@ -422,11 +428,21 @@ def test_ratios_pair_runs_of_one_seed_from_several_files(tmp_path, capsys):
     low, high = (math.exp(s * 12.706 * math.log(2)) for s in (-1, 1))
     found = cells(text, "cr")
     assert found[:3] == ["cr", "2", f"1.00 ({low:.2f} to {high:.2f})"]
-    assert found[-2].startswith("2.00 (") and found[-1] == "0.50, 2.00"  # four times the seconds
+    assert found[-2].startswith("2.00 (") and found[-1] == "0: 0.50, 1: 2.00"  # fourfold
     assert "zcr" not in text and "bcr" not in text  # by the clock of another machine, of no seed
     by_steps = [r | {"budget": "9 steps"} for r in rows]
     found = cells(study_report.ratios(by_steps, "lsgan"), "zcr")
     assert found[2] == "1.25 (one pair)" and found[-2] == "-"  # but for the cost
+    for row in by_steps[2:4]:  # lsgan's of seed 1: the run of the same machine is the pair
+        row["fid"] = "8.0" if row["machine"] == "other" else "4.0"
+    assert cells(study_report.ratios(by_steps, "lsgan"), "cr")[-1] == "0: 0.50, 1: 1.00"
+    crowded = [r | {"jobs": "2"} if r["method"] == "cr" else r for r in rows]
+    found = cells(study_report.ratios(crowded, "lsgan"), "cr")
+    assert found[2].startswith("1.00") and found[-2] == "-"
+    lost = [r | {"recall": "0.0"} if r["seed"] == "1" else r for r in rows]
+    assert cells(study_report.ratios(lost, "lsgan"), "cr")[5].endswith("(one pair)")
+    lost = [*rows, failed("cr", 2)]
+    assert cells(study_report.ratios(lost, "lsgan"), "cr")[1] == "2, 1 failed"
     for names, why in (("gone.csv", "no runs"), (names[2], "no other method shares a seed")):
         with pytest.raises(ValueError, match=why):
             study.main(["--ratios", "lsgan", "--csv", names])

@@ -113,7 +113,7 @@ RANGES = {  # of --settings; an argument that a method's own command gives stays
 }
 OURS = (  # arguments of every run that --add cannot give
     "--dataset --subset --steps --max-minutes --seed --device --threads --precision --eval-every "
-    "--eval-samples --sample-every --data-dir --cache-dir --out-dir --quiet --resume"
+    "--eval-samples --sample-every --data-dir --cache-dir --out-dir --quiet --resume --help"
 ).split()
 SCORES = ("fid", "precision", "recall", "density", "coverage")
 GROUP = study_report.GROUP  # what a table is of
@@ -245,8 +245,9 @@ class Study:
             return  # image to image alone, which must not ask for mnist
         out = str(self.out_dir / "first")
         words = ["--steps", "1", "--dataset", self.a.dataset, "--eval-every", "0", "--out-dir", out]
-        with contextlib.suppress(ValueError):  # a larger image has a cache of its own
-            words += more_arguments(self.a.add, [BASE])
+        for word in shlex.split(self.a.add):  # a larger image has a cache of its own
+            with contextlib.suppress(ValueError):
+                words += more_arguments(word, [BASE])
         code, _, said = self.command("lsgan.py", *self.shared(), *words)
         if code and not self.stopping:
             raise cli.Diverged(f"a first step of lsgan.py failed: {said}")
@@ -420,7 +421,8 @@ def train(a, path):
     todo = [j for j in jobs if key_of(j) not in have]
     if not todo:
         return True
-    beside = [r for r in load(path) if a.minutes and same(r, todo[0], *GROUP)]
+    groups = {tuple(j[c] for c in GROUP) for j in todo if a.minutes}
+    beside = [r for r in load(path) if tuple(r[c] for c in GROUP) in groups]
     if others := {r["machine"] or "an unnamed machine" for r in beside} - {chip(a.device)}:
         raise ValueError(
             f"{path} has runs of as many minutes on {', '.join(sorted(others))}, to which none of "
@@ -482,13 +484,18 @@ def more_arguments(text, methods):
         raise ValueError(f"--add: {e}: {text}") from None
     found = []
     for word in words:
-        if found and not word.startswith("--") and "=" not in found[-1]:
-            found[-1] += f"={word}"
-        else:
+        if word.startswith("--"):
             found.append(word)
+        elif not found or "=" in found[-1]:
+            raise ValueError(f"--add: {word} follows no argument: {text}")
+        else:
+            found[-1] += f"={word}"
+    flags = [word.split("=")[0] for word in found]
+    if len(set(flags)) < len(flags):
+        raise ValueError(f"--add gives an argument twice: {text}")
     for name in methods:
         command = shlex.split((METHODS | OTHERS)[name])
-        for flag in (word.split("=")[0] for word in found):
+        for flag in flags:
             if flag in OURS or flag in command:
                 whose = "the study" if flag in OURS else name
                 raise ValueError(f"--add has {flag}, which {whose} gives itself")
@@ -496,7 +503,7 @@ def more_arguments(text, methods):
             arguments_of([*command, *found])
         except ValueError as e:
             raise ValueError(f"--add: {name} does not take {text}: {e}") from None
-    return found
+    return sorted(found)
 
 
 def arguments(argv):
@@ -536,6 +543,8 @@ def arguments(argv):
     for name in a.methods:
         if name not in METHODS | OTHERS:
             raise ValueError(f"--methods has {name}{cli.close_to(name, METHODS | OTHERS)}")
+    if a.ratios and a.ratios not in METHODS | OTHERS:
+        raise ValueError(f"--ratios is {a.ratios}{cli.close_to(a.ratios, METHODS | OTHERS)}")
     if not (a.report or a.ratios or a.score is not None) and bool(a.minutes) == bool(a.steps):
         raise ValueError("give --minutes or --steps, the cost of each run; or --report")
     limits = {"jobs": 1, "evals": 1, "n": 6, "settings": 0, "subset": 0, "first_seed": 0}
@@ -559,11 +568,12 @@ def arguments(argv):
 def over(base, paths):
     """Print what the methods in some csv files are to base, on the runs of one seed."""
     rows = []
-    for path in map(Path, paths):
-        found = load(path)
+    for path in paths:
+        found = load(Path(str(path).strip()))
         if not found:
             raise ValueError(f"{path} has no runs yet")
-        rows += found
+        # machines without a name are one only within a file
+        rows += [r | {"machine": r["machine"] or f"that of {path}"} for r in found]
     text = study_report.ratios(rows, base)
     if not text:
         where = ", ".join(map(str, paths))

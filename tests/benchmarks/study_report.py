@@ -65,14 +65,14 @@ def speed(row):
     return float(row["steps"]) / float(row["seconds"]) if number(row["steps"]) else None
 
 
-def ratio(rows, base, value):
-    """(mean, low, high) of value over that of base, on the runs of one seed and setting in both.
+def ratio(rows, base, value, clock=False):
+    """(mean, low, high) of value over that of base, on the `pairs` of their runs.
 
     A geometric mean with its 95 % interval by Student's t of the logarithms: a collapsed run then
     weighs by its factor, and a machine that slows meets both of a pair. None without a pair; of one
     pair the interval is all numbers.
     """
-    logs = [math.log(one / other) for one, other in pairs(rows, base, value)]
+    logs = [math.log(one / other) for one, other in pairs(rows, base, value, clock)]
     if not logs:
         return None
     mean, n = statistics.mean(logs), len(logs)
@@ -82,15 +82,22 @@ def ratio(rows, base, value):
     return tuple(map(math.exp, (mean, mean - half, mean + half)))
 
 
-def pairs(rows, base, value):
-    """[(value of a run, that of the base's)] on one seed and setting; by the clock, one machine."""
+def pairs(rows, base, value, clock=False):
+    """[(value of a run, that of the base's run of its seed and setting)], where neither is 0.
 
-    def key(row):
-        clock = value is speed or row["budget"].endswith("min")
-        return row["seed"], row["setting"], clock and row["machine"]
+    What was trained for equal time is paired on one machine alone, what the clock says (a speed)
+    also among runs of which as many trained at once.
+    """
 
-    ours, theirs = ({key(r): value(r) for r in runs} for runs in (rows, base))
-    return [(ours[k], theirs[k]) for k in ours if ours[k] and theirs.get(k)]
+    def partner(row):
+        found = [r for r in base if (r["seed"], r["setting"]) == (row["seed"], row["setting"])]
+        near = [r for r in found if r["machine"] == row["machine"]]
+        if clock:
+            near = [r for r in near if r["jobs"] == row["jobs"]]
+        return near if clock or near or row["budget"].endswith("min") else found
+
+    both = [(value(r), value(other)) for r in rows for other in partner(r)[:1]]
+    return [(one, other) for one, other in both if one and other]
 
 
 def apart(found):
@@ -318,7 +325,7 @@ def table(methods, course, base):
         cells.append(mean_std(values(rows, "control")))
         made = [f"{statistics.mean(steps):.0f}", f"{statistics.mean(own):.1f}"] if own else []
         cells += made or ["-", "-"]
-        cost = ratio(methods.get(base, []), rows, speed)
+        cost = ratio(methods.get(base, []), rows, speed, clock=True)
         cells.append(f"{cost[0]:.2f}" if cost else "-")
         far = ratio(rows, methods.get(base, []), fid) if name != base else None
         cells.append(interval(far))
@@ -340,19 +347,40 @@ def ratios(rows, base):
     known = {"FID": fid, "control": control}
     known |= {k: lambda row, k=k: number(row[k]) for k in SHARES}
     lines, runs = [], [r for r in rows if r["setting"] == "0" and r["method"] != AGAIN]
-    for group, found in by(runs, *GROUP).items():
+    for group, found in by(sorted(runs, key=lambda r: int(r["seed"])), *GROUP).items():
         methods = {name: own for (name,), own in by(found, "method").items()}
         theirs = methods.pop(base, [])
-        cells = [["method", "pairs", *known, "cost", "FID of each pair"]]
+        cells = [["method", "pairs", *known, "cost", "seed: FID"]]
         for name, own in methods.items():
-            each = [f"{a / b:.2f}" for a, b in pairs(own, theirs, fid)]
-            values_ = [interval(ratio(own, theirs, value)) for value in known.values()]
-            values_.append(interval(ratio(theirs, own, speed)))
-            cells += [[name, str(len(each)), *values_, ", ".join(each)]] * bool(each)
+            both = {r["seed"]: pairs([r], theirs, fid) for r in own}
+            each = [f"{seed}: {a / b:.2f}" for seed, of_it in both.items() for a, b in of_it]
+            cell = [name, f"{len(each)}" + (f", {failures(own)} failed" if failures(own) else "")]
+            for value in known.values():
+                n = len(pairs(own, theirs, value))
+                cell.append(interval(ratio(own, theirs, value)))
+                cell[-1] += f", {n} pairs" if n not in (0, 1, len(each)) else ""
+            cell += [interval(ratio(theirs, own, speed, clock=True)), ", ".join(each)]
+            cells += [cell] * bool(each)
         if len(cells) > 1:
             cells.insert(1, ["---"] * len(cells[0]))
-            lines += [f"## {described(*group)}: over {base}", "", *map(row_text, cells), ""]
+            lines += [f"## {described(*group)}: over {base}", "", *map(row_text, cells)]
+            shown = {base: theirs} | {row[0]: methods[row[0]] for row in cells[2:]}
+            lines += [*circumstances(shown), ""]
     return "\n".join(lines)
+
+
+def circumstances(methods):
+    """Lines on what differs among the runs of a group beside their methods."""
+    rows = [r for own in methods.values() for r in own]
+    lines = []
+    if (crowd := max(int(r["jobs"]) for r in rows)) > 1:
+        lines.append(f"- up to {crowd} trained at once, which slows each: costs are of that")
+    chips = {name or "an unnamed machine": runs for (name,), runs in by(rows, "machine").items()}
+    if len(chips) > 1:
+        named = (f"{c}: {', '.join(sorted({r['method'] for r in v}))}" for c, v in chips.items())
+        lines.append(f"- {'; '.join(named)}")
+    unlike = [name for name, own in methods.items() if len({r["args"] for r in own}) > 1]
+    return lines + [f"- by unlike arguments: {', '.join(unlike)}"] * bool(unlike)
 
 
 def settings_table(drawn, base):
@@ -467,10 +495,7 @@ def group_text(rows, course, base, what, picture):
     elif own:
         text += [*table(own, course, base), ""]
         text += [*differences(own, base), *disagreements(own), *repeats(rows)]
-        crowd = max(int(r["jobs"]) for r in done) if done else 1
-        if crowd > 1:
-            text.append(f"- up to {crowd} trained at once, which slows each: costs are of that")
-        text.append("")
+        text += [*circumstances(own), ""]
         if svg := budget_chart(f"Smallest distance, {what}", own):
             text += [picture("budget.svg", svg.encode()), ""]
     if sheet := samples_sheet(own):
