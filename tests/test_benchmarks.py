@@ -1,4 +1,5 @@
 """tests/benchmarks: what they measure is what they say, and they run to their ends, small."""
+import functools
 import itertools
 import json
 import math
@@ -278,12 +279,17 @@ def test_a_study_that_is_asked_to_end_ends_its_runs_and_says_so(tmp_path, signum
     path, runs = tmp_path / "study.csv", tmp_path / "runs"
     words = ["-m", "tests.benchmarks.study", "--steps", "1000000", "--methods", "lsgan"]
     words += ["--dataset", "digits", "--csv", path, "--cache-dir", CACHE, "--out-dir", runs]
-    study_ = subprocess.Popen([sys.executable, *words, "--no-reference"], cwd=study.ROOT)
+    heard = functools.partial(signal.signal, signum, signal.SIG_DFL)  # nohup and & have it ignored
+    words = [sys.executable, *words, "--no-reference"]
+    study_ = subprocess.Popen(words, cwd=study.ROOT, preexec_fn=heard)
     while study_.poll() is None and not list(runs.glob("*/*/lsgan-digits-*")):
         time.sleep(0.1)
     (trains,) = runs.glob("*/*/lsgan-digits-*")
     study_.send_signal(signum)
-    assert study_.wait(60) == 128 + signum
+    try:
+        assert study_.wait(60) == 128 + signum
+    finally:
+        study_.terminate()  # which ends its training too
     assert not path.exists() and not trains.exists() and not list(runs.iterdir())
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(runs) not in listed
