@@ -18,8 +18,8 @@ Differs  1. Least squares, where the paper has the hinge and the non-saturating 
          lsgan.py differs in.
 Reached  FID (lenet) 1.97 +- .13, 3 seeds, H100, LSGAN 3.29 +- .50:
          python icr_gan.py --dataset mnist --precision bf16
-         In 3 minutes of one thread of a CPU (--threads 1 --max-minutes 3) .97 of LSGAN's distance
-         (.87 to 1.09, 11 seeds), bCR alone on all images .83 (.75 to .91, 9); with --subset 500
+         In 3 minutes of one thread of a CPU (--threads 1 --max-minutes 3) .98 of LSGAN's distance
+         (.89 to 1.07, 13 seeds), bCR alone on all images .83 (.75 to .91, 9); with --subset 500
          in 1.5 minutes .53 (.48 to .57, 6).
 Run      python icr_gan.py --sigma 0.05                    # built-in digits
          python icr_gan.py --dataset mnist --subset 500 --steps 6000
