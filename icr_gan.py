@@ -19,9 +19,9 @@ Differs  1. Least squares, where the paper has the hinge and the non-saturating 
 Reached  FID (lenet) 1.97 +- .13, 3 seeds, H100, LSGAN 3.29 +- .50:
          python icr_gan.py --dataset mnist --precision bf16
          In 3 minutes of one thread of a CPU (--threads 1 --max-minutes 3) 1.01 of LSGAN's
-         distance (.93 to 1.10, 16 seeds), bCR alone (--lambda-dis 0 --lambda-gen 0) .88 (.80 to
-         .98, 6); with --subset 500 in 1.5 minutes .53 and
-         .43 (.50 to .56, 9; .36 to .52, 3).
+         distance (.93 to 1.10, 16 seeds), with --subset 2000 .69 (.59 to .81, 9), with --subset
+         500 in 1.5 minutes .53 (.50 to .56, 9). bCR alone (--lambda-dis 0 --lambda-gen 0): .88
+         (.80 to .98, 6), .56 (.50 to .63, 6), .43 (.36 to .52, 3).
 Run      python icr_gan.py --sigma 0.05                    # built-in digits
          python icr_gan.py --dataset mnist --subset 500 --steps 6000
 Use      from icr_gan import augment, consistency, icr_d_loss    # needs torch only
